@@ -1,0 +1,94 @@
+// Package snapshot is the node's build store: layers as overlay snapshots,
+// content-addressed blobs, leases that protect them, and their collection.
+//
+// It is made of containerd's own libraries, run in this process: no daemon is
+// needed. The store promises that what a lease or a labelled reference protects
+// stays, that everything else goes at the next collection, and that a process
+// killed at any point leaves a store that opens. It mounts nothing itself.
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	bolt "go.etcd.io/bbolt"
+)
+
+// Namespace is the containerd namespace that the store's objects live in.
+const Namespace = "kiln"
+
+// Snapshotter is the name of the store's snapshotter. BuildKit computes layers
+// straight from an overlay's upper directory when it has this name.
+const Snapshotter = "overlayfs"
+
+// openTimeout bounds the wait for the metadata file, which another process may
+// hold for an instant while it closes.
+const openTimeout = 5 * time.Second
+
+// Store is an open build store. Its methods may be called concurrently. One
+// process at a time may have a store open; see Lock.
+type Store struct {
+	// DB holds the metadata of content, snapshots and leases.
+	DB *metadata.DB
+
+	bolt    *bolt.DB
+	overlay snapshots.Snapshotter
+}
+
+// Open opens the store in the directory root, making it when it is missing.
+func Open(ctx context.Context, root string) (_ *Store, err error) {
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, fmt.Errorf("make build store: %w", err)
+	}
+	s := &Store{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if s.overlay, err = overlay.NewSnapshotter(filepath.Join(root, "snapshots")); err != nil {
+		return nil, fmt.Errorf("open snapshots in %s: %w", root, err)
+	}
+	content, err := local.NewStore(filepath.Join(root, "content"))
+	if err != nil {
+		return nil, fmt.Errorf("open content in %s: %w", root, err)
+	}
+	s.bolt, err = bolt.Open(filepath.Join(root, "metadata.db"), 0o600, &bolt.Options{
+		Timeout:        openTimeout,
+		FreelistType:   bolt.FreelistMapType,
+		NoFreelistSync: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open metadata in %s: %w", root, err)
+	}
+	s.DB = metadata.NewDB(s.bolt, content, map[string]snapshots.Snapshotter{Snapshotter: s.overlay})
+	if err := s.DB.Init(ctx); err != nil {
+		return nil, fmt.Errorf("read metadata in %s: %w", root, err)
+	}
+	return s, nil
+}
+
+// Snapshots returns the store's snapshotter. Callers set Namespace in the
+// context.
+func (s *Store) Snapshots() snapshots.Snapshotter { return s.DB.Snapshotter(Snapshotter) }
+
+// Close closes the store. Whoever holds mounts of its snapshots must have
+// released them.
+func (s *Store) Close() error {
+	var errs []error
+	if s.overlay != nil {
+		errs = append(errs, s.overlay.Close())
+	}
+	if s.bolt != nil {
+		errs = append(errs, s.bolt.Close())
+	}
+	return errors.Join(errs...)
+}
