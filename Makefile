@@ -1,0 +1,57 @@
+# Everything needs Go and root on a Debian machine; what else is missing is installed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GO      ?= go
+BIN     := $(CURDIR)/bin
+LDFLAGS := -s -w
+PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates git busybox-static mmdebstrap docker-registry skopeo iproute2 nftables
+BENCH_ARGS ?=
+
+.PHONY: help build deps kiln quickstart test lint generate bench clean
+
+help: ## Say what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+deps: ## Install the Debian packages that building and testing need
+	@missing=(); for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
+	if [ $${#missing[@]} -gt 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; fi
+
+build: deps kiln $(BIN)/runc $(BIN)/runsc ## Build kiln, runc and runsc into bin/
+
+kiln:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+# The OCI runtimes are modules of their own, so that their requirements are not kiln's.
+$(BIN)/runc: tools/runc/go.mod tools/runc/go.sum
+	cd tools/runc && CGO_ENABLED=1 $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)' -o $@ github.com/opencontainers/runc
+
+$(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum
+	cd tools/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ gvisor.dev/gvisor/runsc
+
+$(BIN)/staticcheck: tools/lint/go.mod
+	cd tools/lint && $(GO) build -o $@ honnef.co/go/tools/cmd/staticcheck
+
+$(BIN)/buildkitd: tools/buildkit/go.mod
+	cd tools/buildkit && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ github.com/moby/buildkit/cmd/buildkitd github.com/moby/buildkit/cmd/buildctl
+
+quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
+	examples/quickstart.sh
+
+test: build ## Run every test
+	CGO_ENABLED=1 $(GO) test -race -timeout 20m ./...
+
+lint: $(BIN)/staticcheck ## Check formatting, vet and staticcheck
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet ./...
+	$(BIN)/staticcheck ./...
+
+generate: ## Regenerate generated code
+	$(GO) generate ./...
+
+bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
+	$(GO) run ./bench -kiln $(BIN)/kiln -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)
+
+clean: ## Remove what was built
+	rm -rf $(BIN) bench/results

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds examples/hello in a gVisor sandbox, with no daemon and no registry, and runs the result.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/bin:$PATH"
+root=${KILN_ROOT:-/var/lib/kiln}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# The base image comes from Debian's packages: a small C compiler and busybox.
+toolbox=$root/quickstart/toolbox
+if [ ! -e "$toolbox/index.json" ]; then
+	mkdir -p "$work/toolbox" "$toolbox"
+	mmdebstrap --quiet --variant=extract --include=busybox,tcc,libc6-dev bookworm "$work/toolbox/rootfs.tar"
+	printf 'FROM scratch\nADD rootfs.tar /\nCMD ["/bin/bash"]\n' >"$work/toolbox/Dockerfile"
+	kiln build --root "$root" --progress plain --provenance=false -o "type=oci,tar=false,dest=$toolbox" "$work/toolbox"
+fi
+
+kiln build --root "$root" --progress plain --sandbox gvisor --provenance=false \
+	--build-context "toolbox=oci-layout://$toolbox" --iidfile "$work/digest" --metadata-file "$work/metadata.json" \
+	-o "type=oci,dest=$work/hello.tar" -o "type=local,dest=$work/rootfs" examples/hello
+
+echo
+echo "Image digest: $(sed -n 's/.*"containerimage.digest": *"\([^"]*\)".*/\1/p' "$work/metadata.json" | head -n 1)"
+echo "Its output:"
+chroot "$work/rootfs" /hello | tee "$work/output"
+grep -q gvisor "$work/output" && echo "The step ran in gVisor: its kernel is the sandbox's, not this machine's ($(uname -r))."

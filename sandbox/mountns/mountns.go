@@ -1,0 +1,43 @@
+// Package mountns gives this process a mount namespace of its own.
+//
+// What the process mounts in it, and what its children mount, is gone from the
+// node when the last of them ends, however they end; the node's other processes
+// never see any of it. Mounts that the node makes later still appear.
+package mountns
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// marker tells the process, after it has executed itself again, that it is done.
+// Its value is the process ID, which execve keeps, so that a value left in the
+// environment by another process is not believed.
+const marker = "KILN_MOUNT_NAMESPACE_OF"
+
+// Enter moves this process into a new mount namespace by executing it again, and
+// returns nil in the second life. Call it first in main: nothing that the process
+// did before is kept but its descriptors, its environment and its process ID.
+//
+// A Go process has threads before main starts, and a mount namespace belongs to a
+// thread; execve from the thread that has the new one leaves only that.
+func Enter() error {
+	self := strconv.Itoa(os.Getpid())
+	if os.Getenv(marker) == self {
+		return os.Unsetenv(marker)
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("make a mount namespace (needs CAP_SYS_ADMIN): %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("keep mounts from the node: %w", err)
+	}
+	err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), marker+"="+self))
+	return fmt.Errorf("execute again: %w", err)
+}
