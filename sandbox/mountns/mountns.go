@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -38,6 +40,8 @@ func Enter() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("keep mounts from the node: %w", err)
 	}
-	err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), marker+"="+self))
+	// The first of two entries of one name counts, so an old one must go.
+	env := slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, marker+"=") })
+	err := unix.Exec("/proc/self/exe", os.Args, append(env, marker+"="+self))
 	return fmt.Errorf("execute again: %w", err)
 }
