@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -119,17 +120,18 @@ func echo(t testing.TB, addr string) {
 	require.NoError(t, err)
 	u, err := net.ListenPacket("udp", addr)
 	require.NoError(t, err)
-	t.Cleanup(func() { l.Close(); u.Close() })
-	go func() {
+	var serving sync.WaitGroup
+	t.Cleanup(func() { l.Close(); u.Close(); serving.Wait() })
+	serving.Go(func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			go func() { io.Copy(c, c); c.Close() }()
+			serving.Go(func() { io.Copy(c, c); c.Close() })
 		}
-	}()
-	go func() {
+	})
+	serving.Go(func() {
 		buf := make([]byte, 1500)
 		for {
 			n, from, err := u.ReadFrom(buf)
@@ -138,7 +140,7 @@ func echo(t testing.TB, addr string) {
 			}
 			u.WriteTo(buf[:n], from)
 		}
-	}()
+	})
 }
 
 // world is a namespace behind the node, without a route to steps: it can answer
