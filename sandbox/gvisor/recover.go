@@ -1,0 +1,152 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// recover releases what a killed process left in the state directory. Its
+// sandboxes die with it; what is left of them are processes on their way out,
+// mounts, and files.
+func (r *Runtime) recover(ctx context.Context) error {
+	entries, err := os.ReadDir(r.stepsDir())
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		dir := filepath.Join(r.stepsDir(), e.Name())
+		for _, pid := range recordedPIDs(dir) {
+			if err := killOurs(ctx, pid, dir); err != nil {
+				return err
+			}
+		}
+	}
+	if err := unmountBelow(r.cfg.StateDir); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(r.stepsDir(), e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// recordedPIDs are the processes of the sandbox whose directory is dir, as far as
+// they are known.
+func recordedPIDs(dir string) []int {
+	var pids []int
+	if data, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil {
+		if pid, err := strconv.Atoi(string(bytes.TrimSpace(data))); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	if st, err := readState(filepath.Join(dir, "runsc")); err == nil {
+		pids = append(pids, st.Sandbox.PID, st.GoferPID)
+	}
+	return pids
+}
+
+// state is what runsc writes about a container, as far as it is needed.
+type state struct {
+	GoferPID int `json:"goferPid"`
+	Sandbox  struct {
+		PID int `json:"pid"`
+	} `json:"sandbox"`
+}
+
+func readState(runscRoot string) (state, error) {
+	var st state
+	data, err := os.ReadFile(filepath.Join(runscRoot, containerID+"_sandbox:"+containerID+".state"))
+	if err != nil {
+		return st, fmt.Errorf("read state of the sandbox: %w", err)
+	}
+	if err := json.Unmarshal(data, &st); err != nil {
+		return st, fmt.Errorf("read state of the sandbox: %w", err)
+	}
+	return st, nil
+}
+
+// killOurs kills a process whose command line names dir, and waits until it is
+// gone. A process that has another one's ID now is left alone.
+func killOurs(ctx context.Context, pid int, dir string) error {
+	if pid <= 1 {
+		return nil
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil // gone
+	}
+	defer unix.Close(fd)
+	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.Contains(string(cmdline), dir+"/") {
+		return nil
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", pid, err)
+	}
+	return waitPidfd(ctx, fd, pid)
+}
+
+// waitPidfd waits until the process behind fd has ended.
+func waitPidfd(ctx context.Context, fd, pid int) error {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline) && ctx.Err() == nil; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
+		if n > 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("wait for process %d: %w", pid, err)
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("process %d does not end although it is killed", pid)
+}
+
+// unmountBelow takes away every mount below dir, the latest first.
+func unmountBelow(dir string) error {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(real))
+	if err != nil {
+		return fmt.Errorf("list mounts: %w", err)
+	}
+	sort.SliceStable(mounts, func(i, j int) bool { return mounts[i].ID > mounts[j].ID })
+	for _, m := range mounts {
+		if m.Mountpoint == real {
+			continue
+		}
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("unmount %s: %w", m.Mountpoint, err)
+		}
+	}
+	return nil
+}
+
+// releaseShared takes away the network namespace that runsc keeps for the file
+// servers of all sandboxes.
+func (r *Runtime) releaseShared() error {
+	name := filepath.Join(r.sharedDir(), "null-netns")
+	err := unix.Unmount(name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("unmount %s: %w", name, err)
+	}
+	return os.RemoveAll(r.sharedDir())
+}

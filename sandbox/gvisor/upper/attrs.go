@@ -1,0 +1,114 @@
+package upper
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// modeBits are the permission bits that a layer keeps.
+const modeBits = 0o7777
+
+// maxID is the largest owner: a larger one would read as "unchanged".
+const maxID = 1<<32 - 2
+
+func owner(h *tar.Header) (int, int, error) {
+	if h.Uid < 0 || h.Gid < 0 || h.Uid > maxID || h.Gid > maxID {
+		return 0, 0, fmt.Errorf("owner %d:%d is out of range", h.Uid, h.Gid)
+	}
+	return h.Uid, h.Gid, nil
+}
+
+// setFD sets owner, mode and extended attributes, in the order in which none
+// takes away another: chown clears setuid bits and capabilities.
+func setFD(fd int, h *tar.Header) error {
+	uid, gid, err := owner(h)
+	if err != nil {
+		return err
+	}
+	if err := unix.Fchown(fd, uid, gid); err != nil {
+		return fmt.Errorf("set owner: %w", err)
+	}
+	if err := setXattrs(h, func(name string, value []byte) error {
+		return unix.Fsetxattr(fd, name, value, 0)
+	}); err != nil {
+		return err
+	}
+	if err := unix.Fchmod(fd, uint32(h.Mode)&modeBits); err != nil {
+		return fmt.Errorf("set mode: %w", err)
+	}
+	return nil
+}
+
+// setPath does the same for what cannot be opened; nothing else works below the
+// directory meanwhile.
+func setPath(dir int, base string, h *tar.Header, chmod bool) error {
+	uid, gid, err := owner(h)
+	if err != nil {
+		return err
+	}
+	if err := unix.Fchownat(dir, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("set owner: %w", err)
+	}
+	at := fmt.Sprintf("/proc/self/fd/%d/%s", dir, base)
+	if err := setXattrs(h, func(name string, value []byte) error {
+		return unix.Lsetxattr(at, name, value, 0)
+	}); err != nil {
+		return err
+	}
+	if chmod {
+		if err := unix.Fchmodat(dir, base, uint32(h.Mode)&modeBits, 0); err != nil {
+			return fmt.Errorf("set mode: %w", err)
+		}
+	}
+	return unix.UtimesNanoAt(dir, base, times(h.ModTime), unix.AT_SYMLINK_NOFOLLOW)
+}
+
+// setXattrs calls set for the attributes that a layer keeps. What belongs to the
+// overlay or to the node (trusted., security. but file capabilities) is dropped.
+func setXattrs(h *tar.Header, set func(string, []byte) error) error {
+	for key, value := range h.PAXRecords {
+		name, ok := strings.CutPrefix(key, paxXattr)
+		if !ok {
+			continue
+		}
+		data := []byte(value)
+		switch {
+		case strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay."), name == "security.capability":
+		case strings.HasPrefix(name, aclXattr):
+			var err error
+			if data, err = aclRecord(value); err != nil {
+				return fmt.Errorf("attribute %s: %w", clip(name), err)
+			}
+		default:
+			continue
+		}
+		err := set(name, data)
+		if errors.Is(err, unix.EPERM) && strings.HasPrefix(name, "user.") {
+			// Only files and directories take user attributes on this node.
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("set attribute %s: %w", clip(name), err)
+		}
+	}
+	return nil
+}
+
+func times(t time.Time) []unix.Timespec {
+	ts := unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
+	return []unix.Timespec{ts, ts}
+}
+
+func setTimes(fd int, t time.Time) error {
+	ts := times(t)
+	err := unix.UtimesNanoAt(fd, "", ts, unix.AT_EMPTY_PATH)
+	if err != nil {
+		return fmt.Errorf("set time: %w", err)
+	}
+	return nil
+}

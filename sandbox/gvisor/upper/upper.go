@@ -1,0 +1,394 @@
+// Package upper writes the upper layer of a gVisor sandbox, which the sandbox
+// gives out as a tar stream, into the upper directory of an overlay.
+//
+// The stream is hostile: it comes from the process that runs the step. The
+// package promises that nothing outside of the directory is touched whatever
+// the stream holds, that no symlink is followed, and that the directory then
+// looks as if the node's own overlay had taken the step's writes: whiteouts are
+// 0/0 character devices and a replaced directory is opaque.
+package upper
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options tell what the directory belongs to.
+type Options struct {
+	// Lower are the directories below the upper directory, topmost first. A
+	// directory is only marked opaque where one of them has a directory of that
+	// name.
+	Lower []string
+}
+
+const (
+	paxXattr     = "SCHILY.xattr."
+	opaqueXattr  = "trusted.overlay.opaque"
+	aclXattr     = "system.posix_acl_"
+	overlayXattr = "trusted.overlay."
+	maxDepth     = 2048
+)
+
+// Apply reads a tar stream from r and writes it into the directory dir. On error
+// the directory holds a part of the stream.
+func Apply(ctx context.Context, dir string, r io.Reader, opts Options) error {
+	root, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_RDONLY, 0)
+	if err != nil {
+		return fmt.Errorf("open upper directory %s: %w", dir, err)
+	}
+	a := &applier{root: root, dirFD: -1, seen: map[string]bool{}}
+	defer a.close()
+	for _, l := range opts.Lower {
+		fd, err := unix.Open(l, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open layer %s: %w", l, err)
+		}
+		a.lower = append(a.lower, fd)
+	}
+	tr := tar.NewReader(r)
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("read the sandbox's upper layer: %w", err)
+		}
+		if err := a.entry(h, tr); err != nil {
+			return fmt.Errorf("write %q of the sandbox's upper layer: %w", clip(h.Name), err)
+		}
+	}
+	return a.finish()
+}
+
+type dirTime struct {
+	name  string
+	mtime time.Time
+}
+
+type applier struct {
+	root  int
+	lower []int
+	// dirFD is the open directory named dirName: most entries follow a sibling.
+	dirFD   int
+	dirName string
+	times   []dirTime
+	// seen are the paths that this stream made; an entry for one of them is a
+	// second one, which no sandbox writes.
+	seen map[string]bool
+}
+
+func (a *applier) close() {
+	a.closeDir()
+	unix.Close(a.root)
+	for _, fd := range a.lower {
+		unix.Close(fd)
+	}
+}
+
+func (a *applier) closeDir() {
+	if a.dirFD >= 0 {
+		unix.Close(a.dirFD)
+		a.dirFD = -1
+	}
+}
+
+// clip keeps a hostile name from filling a log.
+func clip(s string) string {
+	if len(s) > 256 {
+		return s[:256] + "…"
+	}
+	return s
+}
+
+// cleanName turns the name of an entry into a path relative to the root, "."
+// for the root itself, and refuses names that lead elsewhere.
+func cleanName(name string) (string, error) {
+	name = strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/")
+	if name == "" || name == "." {
+		return ".", nil
+	}
+	if strings.HasPrefix(name, "/") || strings.IndexByte(name, 0) >= 0 || path.Clean(name) != name ||
+		name == ".." || strings.HasPrefix(name, "../") || strings.Count(name, "/") > maxDepth {
+		return "", errors.New("not a clean path below the root")
+	}
+	return name, nil
+}
+
+const resolveFlags = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV
+
+func openat(dir int, name string, flags uint64) (int, error) {
+	how := &unix.OpenHow{Flags: flags | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: resolveFlags}
+	if len(name) < unix.PathMax {
+		return unix.Openat2(dir, name, how)
+	}
+	// The kernel takes no longer path at once: go in steps.
+	first, rest, _ := splitLong(name)
+	fd, err := unix.Openat2(dir, first, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: resolveFlags,
+	})
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(fd)
+	return openat(fd, rest, flags)
+}
+
+func splitLong(name string) (first, rest string, ok bool) {
+	i := strings.LastIndexByte(name[:unix.PathMax-1], '/')
+	if i <= 0 {
+		return name[:unix.PathMax-1], name[unix.PathMax-1:], false
+	}
+	return name[:i], name[i+1:], true
+}
+
+// parent opens the directory that holds name. The result stays open until the
+// next call.
+func (a *applier) parent(name string) (int, string, error) {
+	dir, base := path.Split(name)
+	dir = strings.TrimSuffix(dir, "/")
+	if dir == "" {
+		return a.root, base, nil
+	}
+	if a.dirFD >= 0 && a.dirName == dir {
+		return a.dirFD, base, nil
+	}
+	a.closeDir()
+	fd, err := openat(a.root, dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return -1, "", fmt.Errorf("open its directory: %w", err)
+	}
+	a.dirFD, a.dirName = fd, dir
+	return fd, base, nil
+}
+
+func (a *applier) entry(h *tar.Header, content io.Reader) error {
+	name, err := cleanName(h.Name)
+	if err != nil {
+		return err
+	}
+	if a.seen[name] {
+		return errors.New("the stream has it twice")
+	}
+	if name == "." {
+		if h.Typeflag != tar.TypeDir {
+			return errors.New("the root is not a directory")
+		}
+		a.seen[name] = true
+		return a.setDir(a.root, name, h)
+	}
+	dir, base, err := a.parent(name)
+	if err != nil {
+		return err
+	}
+	if h.Typeflag != tar.TypeDir {
+		if err := a.clear(dir, base); err != nil {
+			return err
+		}
+	}
+	a.seen[name] = true
+	switch h.Typeflag {
+	case tar.TypeDir:
+		return a.directory(dir, base, name, h)
+	case tar.TypeReg:
+		return a.file(dir, base, h, content)
+	case tar.TypeSymlink:
+		if err := unix.Symlinkat(h.Linkname, dir, base); err != nil {
+			return err
+		}
+		return setPath(dir, base, h, false)
+	case tar.TypeLink:
+		return a.link(dir, base, h)
+	case tar.TypeFifo:
+		if err := unix.Mknodat(dir, base, unix.S_IFIFO|0o600, 0); err != nil {
+			return err
+		}
+		return setPath(dir, base, h, true)
+	case tar.TypeChar:
+		if h.Devmajor == 0 && h.Devminor == 0 {
+			return unix.Mknodat(dir, base, unix.S_IFCHR, 0)
+		}
+		return errors.New("device files cannot be part of a layer")
+	default:
+		return fmt.Errorf("entries of type %q cannot be part of a layer", h.Typeflag)
+	}
+}
+
+// clear removes what is at base, to be replaced.
+func (a *applier) clear(dir int, base string) error {
+	err := unix.Unlinkat(dir, base, 0)
+	if errors.Is(err, unix.EISDIR) {
+		err = removeTree(dir, base, 0)
+		a.closeDirUnless(dir)
+	}
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
+
+func (a *applier) closeDirUnless(fd int) {
+	if a.dirFD != fd {
+		a.closeDir()
+	}
+}
+
+// removeTree removes a directory with everything in it.
+func removeTree(dir int, base string, depth int) error {
+	if depth > maxDepth {
+		return errors.New("directories are nested too deeply")
+	}
+	fd, err := openat(dir, base, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), base)
+	defer f.Close()
+	names, err := f.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		err := unix.Unlinkat(fd, n, 0)
+		if errors.Is(err, unix.EISDIR) {
+			err = removeTree(fd, n, depth+1)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return unix.Unlinkat(dir, base, unix.AT_REMOVEDIR)
+}
+
+func (a *applier) directory(dir int, base, name string, h *tar.Header) error {
+	err := unix.Mkdirat(dir, base, 0o700)
+	if errors.Is(err, unix.EEXIST) {
+		var st unix.Stat_t
+		if err := unix.Fstatat(dir, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR || isOpaque(h) {
+			// An opaque directory hides what was here before.
+			if err := a.clear(dir, base); err != nil {
+				return err
+			}
+			err = unix.Mkdirat(dir, base, 0o700)
+		} else {
+			err = nil
+		}
+	}
+	if err != nil {
+		return err
+	}
+	fd, err := openat(dir, base, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if isOpaque(h) && a.lowerHasDir(name) {
+		if err := unix.Fsetxattr(fd, opaqueXattr, []byte("y"), 0); err != nil {
+			return fmt.Errorf("make it opaque: %w", err)
+		}
+	}
+	return a.setDir(fd, name, h)
+}
+
+func isOpaque(h *tar.Header) bool { return h.PAXRecords[paxXattr+opaqueXattr] == "y" }
+
+// lowerHasDir tells whether a layer below has a directory called name: only then
+// does the overlay mark the upper one opaque.
+func (a *applier) lowerHasDir(name string) bool {
+	for _, l := range a.lower {
+		fd, err := openat(l, name, unix.O_PATH|unix.O_DIRECTORY)
+		if err == nil {
+			unix.Close(fd)
+			return true
+		}
+	}
+	return false
+}
+
+func (a *applier) setDir(fd int, name string, h *tar.Header) error {
+	a.times = append(a.times, dirTime{name, h.ModTime})
+	return setFD(fd, h)
+}
+
+func (a *applier) file(dir int, base string, h *tar.Header, content io.Reader) error {
+	fd, err := unix.Openat(dir, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), base)
+	defer f.Close()
+	if h.Size > 0 {
+		// The reader tells when the stream ends within the file.
+		if _, err := io.Copy(f, content); err != nil {
+			return err
+		}
+	}
+	if err := setFD(fd, h); err != nil {
+		return err
+	}
+	if err := setTimes(fd, h.ModTime); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func (a *applier) link(dir int, base string, h *tar.Header) error {
+	target, err := cleanName(h.Linkname)
+	if err != nil {
+		return fmt.Errorf("hard link to %q: %w", clip(h.Linkname), err)
+	}
+	if !a.seen[target] {
+		return fmt.Errorf("hard link to %q, which the stream does not have", clip(target))
+	}
+	fd, err := openat(a.root, target, unix.O_PATH)
+	if err != nil {
+		return fmt.Errorf("hard link to %q: %w", clip(target), err)
+	}
+	defer unix.Close(fd)
+	return unix.Linkat(fd, "", dir, base, unix.AT_EMPTY_PATH)
+}
+
+// finish sets the times of directories, now that nothing is added to them. The
+// deepest come first, though times of a parent do not change with its children's.
+func (a *applier) finish() error {
+	for i := len(a.times) - 1; i >= 0; i-- {
+		d := a.times[i]
+		fd := a.root
+		if d.name != "." {
+			var err error
+			if fd, err = openat(a.root, d.name, unix.O_RDONLY|unix.O_DIRECTORY); err != nil {
+				return fmt.Errorf("set time of %q: %w", clip(d.name), err)
+			}
+		}
+		err := setTimes(fd, d.mtime)
+		if fd != a.root {
+			unix.Close(fd)
+		}
+		if err != nil {
+			return fmt.Errorf("set time of %q: %w", clip(d.name), err)
+		}
+	}
+	return nil
+}
+
+// aclRecord decodes the value of an access control list, which the sandbox
+// writes in base64.
+func aclRecord(v string) ([]byte, error) {
+	return base64.RawStdEncoding.DecodeString(v)
+}
