@@ -1,0 +1,133 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	"github.com/spf13/pflag"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/snapshot"
+)
+
+// dialTimeout bounds how long an agent may take to answer the first call.
+const dialTimeout = 10 * time.Second
+
+// target says which engine a command talks to.
+type target struct {
+	agent, root, sandbox string
+}
+
+func (t *target) flags(fs *pflag.FlagSet) {
+	fs.StringVar(&t.agent, "agent", os.Getenv("KILN_AGENT"), "Build on the agent at this address (unix:///path or tcp://host:port) and not in this process")
+	fs.StringVar(&t.root, "root", "", "State directory (default "+DefaultRoot()+")")
+	fs.StringVar(&t.sandbox, "sandbox", "", "Sandbox of every step: gvisor or userns (default gvisor)")
+}
+
+// check reports combinations that make no sense, and returns the class.
+func (t *target) check() (sandbox.Class, error) {
+	if t.agent != "" {
+		if t.root != "" {
+			return "", usage(errors.New("--root and --agent exclude each other: an agent has its own state directory"))
+		}
+		if t.sandbox != "" {
+			return "", usage(errors.New("--sandbox and --agent exclude each other: the agent's configuration chooses the sandbox"))
+		}
+		if !strings.Contains(t.agent, "://") {
+			return "", usage(fmt.Errorf("--agent %s: want unix:///path or tcp://host:port", t.agent))
+		}
+		return "", nil
+	}
+	if t.sandbox == "" {
+		return sandbox.GVisor, nil
+	}
+	class, err := sandbox.ParseClass(t.sandbox)
+	if err != nil {
+		return "", usage(fmt.Errorf("--sandbox: %w", err))
+	}
+	return class, nil
+}
+
+func (t *target) rootDir() string {
+	if t.root != "" {
+		return t.root
+	}
+	return DefaultRoot()
+}
+
+// connect dials the agent, or starts an engine in this process while it holds
+// the lock of the state directory. The returned function releases everything.
+func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release func() error, err error) {
+	class, err := t.check()
+	if err != nil {
+		return nil, nil, err
+	}
+	if t.agent != "" {
+		return dial(ctx, t.agent)
+	}
+	root := t.rootDir()
+	unlock, err := snapshot.Lock(ctx, root, func(holder string) {
+		fmt.Fprintf(a.Stderr, "kiln: %s is in use by %s; waiting for it to end\n", root, holder)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	cfg := EngineConfig{Root: root, Sandbox: class, RuncPath: findTool("runc"), RunscPath: findTool("runsc")}
+	e, err := a.Start(ctx, cfg)
+	if err != nil {
+		return nil, nil, errors.Join(err, unlock())
+	}
+	c, err := e.Client(ctx)
+	if err != nil {
+		return nil, nil, errors.Join(err, e.Close(), unlock())
+	}
+	return c, func() error { return errors.Join(ignoreCanceled(c.Close()), e.Close(), unlock()) }, nil
+}
+
+// dial connects to an agent and checks that it answers.
+func dial(ctx context.Context, addr string) (*client.Client, func() error, error) {
+	c, err := client.New(ctx, addr)
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect to agent %s: %w", addr, err)
+	}
+	call, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	if _, err := c.Info(call); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("connect to agent %s: %w (is it running?)", addr, err), c.Close())
+	}
+	return c, c.Close, nil
+}
+
+func ignoreCanceled(err error) error {
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// findTool returns the path of an OCI runtime: the one that KILN_NAME names, else
+// the one beside this program, else the one on the PATH, else an empty string.
+func findTool(name string) string {
+	if p := os.Getenv("KILN_" + strings.ToUpper(name)); p != "" {
+		return p
+	}
+	if exe, err := os.Executable(); err == nil {
+		if exe, err = filepath.EvalSymlinks(exe); err == nil {
+			p := filepath.Join(filepath.Dir(exe), name)
+			if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
+				return p
+			}
+		}
+	}
+	if p, err := exec.LookPath(name); err == nil {
+		return p
+	}
+	return ""
+}
