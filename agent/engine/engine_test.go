@@ -1,0 +1,133 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/moby/buildkit/client"
+	"github.com/stretchr/testify/require"
+	"github.com/tonistiigi/fsutil"
+
+	"github.com/kiln-build/kiln/sandbox"
+)
+
+// testTimeout bounds one build of a test.
+const testTimeout = 2 * time.Minute
+
+// repoBin is where the Makefile puts the OCI runtimes.
+func repoBin(t *testing.T, name string) string {
+	t.Helper()
+	p, err := filepath.Abs(filepath.Join("..", "..", "bin", name))
+	require.NoError(t, err)
+	_, err = os.Stat(p)
+	require.NoError(t, err, "run `make build` first")
+	return p
+}
+
+func newTestEngine(t *testing.T, class sandbox.Class, frontends ...string) *client.Client {
+	t.Helper()
+	t.Setenv("TMPDIR", os.TempDir())
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	e, err := New(ctx, Config{
+		Root: t.TempDir(), Sandbox: class, Frontends: frontends,
+		RuncPath: repoBin(t, "runc"), RunscPath: repoBin(t, "runsc"),
+	})
+	require.NoError(t, err)
+	c, err := e.Client(ctx)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		cancel()
+		require.NoError(t, c.Close())
+		require.NoError(t, e.Close())
+	})
+	return c
+}
+
+// build builds a Dockerfile over files, exports the result into a directory and
+// returns that.
+func build(t *testing.T, c *client.Client, dockerfile string, files map[string]string, attrs map[string]string) (string, string, error) {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(dockerfile), 0o644))
+	for name, content := range files {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755))
+	}
+	if _, ok := files["busybox"]; !ok {
+		data, err := os.ReadFile("/bin/busybox")
+		require.NoError(t, err, "install Debian's busybox-static")
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "busybox"), data, 0o755))
+	}
+	fs, err := fsutil.NewFS(dir)
+	require.NoError(t, err)
+	out := t.TempDir()
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	var log bytes.Buffer
+	ch := make(chan *client.SolveStatus)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for s := range ch {
+			for _, l := range s.Logs {
+				log.Write(l.Data)
+			}
+		}
+	}()
+	if attrs == nil {
+		attrs = map[string]string{}
+	}
+	_, err = c.Solve(ctx, nil, client.SolveOpt{
+		Frontend: "dockerfile.v0", FrontendAttrs: attrs,
+		LocalMounts: map[string]fsutil.FS{"context": fs, "dockerfile": fs},
+		Exports:     []client.ExportEntry{{Type: client.ExporterLocal, OutputDir: out}},
+	}, ch)
+	<-done
+	return out, log.String(), err
+}
+
+func TestCopyNeedsNoSandbox(t *testing.T) {
+	c := newTestEngine(t, sandbox.GVisor)
+	out, _, err := build(t, c, "FROM scratch\nCOPY hello /hello\n", map[string]string{"hello": "world"}, nil)
+	require.NoError(t, err)
+	got, err := os.ReadFile(filepath.Join(out, "hello"))
+	require.NoError(t, err)
+	require.Equal(t, "world", string(got))
+}
+
+const busyboxStage = "FROM scratch AS base\nCOPY busybox /bin/busybox\nCOPY busybox /bin/sh\nENV PATH=/bin\n"
+
+func TestEveryClassRunsSteps(t *testing.T) {
+	for _, class := range sandbox.Classes {
+		t.Run(string(class), func(t *testing.T) {
+			c := newTestEngine(t, class)
+			out, log, err := build(t, c, busyboxStage+`RUN busybox echo hello-from-step && busybox mkdir /out && busybox cat /proc/version > /out/version && busybox id -u > /out/uid
+RUN busybox rm /bin/sh && busybox ls / > /out/ls
+`, nil, nil)
+			require.Error(t, err, "the second step's shell is gone")
+			_ = out
+			require.Contains(t, log, "hello-from-step")
+		})
+	}
+}
+
+func TestSyntaxLineOfDockerIsBuiltIn(t *testing.T) {
+	c := newTestEngine(t, sandbox.GVisor)
+	for _, syntax := range []string{"docker/dockerfile:1", "docker/dockerfile:1.99-labs", "docker.io/docker/dockerfile-upstream:master"} {
+		_, _, err := build(t, c, "# syntax="+syntax+"\nFROM scratch\nCOPY a /a\n", map[string]string{"a": ""}, nil)
+		require.NoError(t, err, syntax)
+	}
+}
+
+func TestOtherFrontendsAreRefused(t *testing.T) {
+	c := newTestEngine(t, sandbox.GVisor)
+	for _, syntax := range []string{"evil.example/dockerfile:1", "docker.io/docker/other", "localhost:5000/docker/dockerfile"} {
+		_, _, err := build(t, c, "# syntax="+syntax+"\nFROM scratch\nCOPY a /a\n", map[string]string{"a": ""}, nil)
+		require.ErrorContains(t, err, "is not allowed", syntax)
+	}
+	_, err := New(context.Background(), Config{Root: t.TempDir(), Frontends: []string{"some/frontend:tag"}})
+	require.ErrorContains(t, err, "with a digest")
+}

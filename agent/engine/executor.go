@@ -1,0 +1,261 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/moby/buildkit/executor"
+	resourcestypes "github.com/moby/buildkit/executor/resources/types"
+	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/solver/pb"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/gvisor"
+	"github.com/kiln-build/kiln/sandbox/netns"
+	"github.com/kiln-build/kiln/sandbox/userns"
+)
+
+// stepExecutor runs the processes that BuildKit's solver asks for in sandboxes.
+// The runtime is made at the first step, so that commands that run none need
+// nothing of the node.
+type stepExecutor struct {
+	cfg   Config
+	owner string
+
+	// mu guards what follows.
+	mu       sync.Mutex
+	runtime  sandbox.Runtime
+	networks sandbox.Networks
+}
+
+var _ executor.Executor = (*stepExecutor)(nil)
+
+func newStepExecutor(cfg Config) *stepExecutor {
+	return &stepExecutor{cfg: cfg, owner: identity.NewID()}
+}
+
+func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.runtime != nil {
+		return e.runtime, nil
+	}
+	// What the runtime prepares outlives the step that needs it first.
+	ctx = context.WithoutCancel(ctx)
+	var err error
+	if e.networks == nil {
+		if e.networks, err = netns.New(ctx, netns.Config{StateDir: filepath.Join(e.cfg.Root, "netns")}); err != nil {
+			return nil, fmt.Errorf("prepare networks: %w", err)
+		}
+	}
+	state := filepath.Join(e.cfg.Root, "steps", string(e.cfg.Sandbox))
+	switch e.cfg.Sandbox {
+	case sandbox.GVisor:
+		e.runtime, err = asRuntime(gvisor.New(ctx, gvisor.Config{RunscPath: e.cfg.RunscPath, StateDir: state, Networks: e.networks}))
+	case sandbox.Userns:
+		e.runtime, err = asRuntime(userns.New(ctx, userns.Config{RuncPath: e.cfg.RuncPath, StateDir: state, Networks: e.networks}))
+	default:
+		_, err = sandbox.ParseClass(string(e.cfg.Sandbox))
+	}
+	return e.runtime, err
+}
+
+// asRuntime keeps a nil pointer from becoming a runtime that is not nil.
+func asRuntime[R sandbox.Runtime](r R, err error) (sandbox.Runtime, error) {
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Close releases the runtime and the networks.
+func (e *stepExecutor) Close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var errs []error
+	if e.runtime != nil {
+		errs = append(errs, e.runtime.Close())
+	}
+	if e.networks != nil {
+		errs = append(errs, e.networks.Close())
+	}
+	e.runtime, e.networks = nil, nil
+	return errors.Join(errs...)
+}
+
+// Run implements executor.Executor.
+func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, mounts []executor.Mount, process executor.ProcessInfo, started chan<- struct{}) (_ resourcestypes.Recorder, err error) {
+	var once sync.Once
+	start := func() {
+		once.Do(func() {
+			if started != nil {
+				close(started)
+			}
+		})
+	}
+	defer start()
+	rt, err := e.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	step, err := e.newStep(id, process)
+	if err != nil {
+		return nil, err
+	}
+	var releases []func() error
+	defer func() {
+		for _, r := range slices.Backward(releases) {
+			err = errors.Join(err, r())
+		}
+	}()
+	var release func() error
+	if step.Root, step.ReadonlyRoot, release, err = treeOf(ctx, root); err != nil {
+		return nil, fmt.Errorf("root file system: %w", err)
+	}
+	releases = append(releases, release)
+	step.ReadonlyRoot = step.ReadonlyRoot || process.Meta.ReadonlyRootFS
+	for _, m := range mounts {
+		tree, readonly, release, err := treeOf(ctx, m)
+		if err != nil {
+			return nil, fmt.Errorf("mount at %s: %w", m.Dest, err)
+		}
+		releases = append(releases, release)
+		step.Mounts = append(step.Mounts, sandbox.Mount{
+			Destination: absolute(process.Meta.Cwd, m.Dest),
+			Tree:        tree, Subpath: m.Selector, Readonly: readonly,
+			Socket: tree.Dir != "" && isSocket(tree.Dir),
+		})
+	}
+	res, err := rt.Run(ctx, step, start)
+	if err != nil {
+		return nil, err
+	}
+	return nil, exitError(ctx, res, process.Meta.ValidExitCodes)
+}
+
+// Exec implements executor.Executor.
+func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.ProcessInfo) error {
+	rt, err := e.start(ctx)
+	if err != nil {
+		return err
+	}
+	p, err := newProcess(process)
+	if err != nil {
+		return err
+	}
+	res, err := rt.Exec(ctx, id, p)
+	if err != nil {
+		return err
+	}
+	return exitError(ctx, res, process.Meta.ValidExitCodes)
+}
+
+func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbox.Step, error) {
+	if id == "" {
+		id = identity.NewID()
+	}
+	p, err := newProcess(process)
+	if err != nil {
+		return nil, err
+	}
+	step := &sandbox.Step{ID: id, Owner: e.owner, Process: p, Hostname: process.Meta.Hostname}
+	switch process.Meta.NetMode {
+	case pb.NetMode_UNSET:
+		step.Network = sandbox.NetworkEgress
+	case pb.NetMode_NONE:
+		step.Network = sandbox.NetworkNone
+	default:
+		return nil, fmt.Errorf("network mode %q is refused: a step never shares the node's network", strings.ToLower(process.Meta.NetMode.String()))
+	}
+	for _, h := range process.Meta.ExtraHosts {
+		ip, ok := netip.AddrFromSlice(h.IP)
+		if !ok {
+			return nil, fmt.Errorf("extra host %q: %v is not an IP address", h.Host, h.IP)
+		}
+		step.ExtraHosts = append(step.ExtraHosts, sandbox.HostEntry{Name: h.Host, IP: ip.Unmap()})
+	}
+	return step, nil
+}
+
+// newProcess translates a process, and refuses what a sandbox never gives.
+func newProcess(info executor.ProcessInfo) (sandbox.Process, error) {
+	meta := info.Meta
+	switch {
+	case meta.SecurityMode != pb.SecurityMode_SANDBOX:
+		return sandbox.Process{}, fmt.Errorf("security mode %q is refused: there is no way out of the sandbox", strings.ToLower(meta.SecurityMode.String()))
+	case len(meta.CDIDevices) > 0:
+		return sandbox.Process{}, errors.New("devices are refused: a step gets none of the node's")
+	case meta.CgroupParent != "":
+		return sandbox.Process{}, errors.New("cgroup parent is refused: the agent places steps")
+	case meta.Proxy != nil:
+		return sandbox.Process{}, errors.New("proxy network is not supported")
+	}
+	p := sandbox.Process{
+		Args: meta.Args, Env: meta.Env, Cwd: absolute("/", meta.Cwd), User: meta.User, Terminal: meta.Tty,
+		Stdin: info.Stdin, Signal: info.Signal,
+	}
+	if info.Stdout != nil {
+		p.Stdout = io.Writer(info.Stdout)
+	}
+	if info.Stderr != nil {
+		p.Stderr = io.Writer(info.Stderr)
+	}
+	for _, u := range meta.Ulimit {
+		p.Rlimits = append(p.Rlimits, sandbox.Rlimit{Type: "RLIMIT_" + strings.ToUpper(u.Name), Soft: uint64(u.Soft), Hard: uint64(u.Hard)})
+	}
+	if info.Resize != nil {
+		p.Resize = latestSize(info.Resize)
+	}
+	return p, nil
+}
+
+// latestSize forwards terminal sizes until in is closed. It never blocks: a size
+// that nobody took is replaced by the next.
+func latestSize(in <-chan executor.WinSize) <-chan sandbox.WindowSize {
+	out := make(chan sandbox.WindowSize, 1)
+	go func() {
+		for w := range in {
+			select {
+			case <-out:
+			default:
+			}
+			out <- sandbox.WindowSize{Rows: uint16(w.Rows), Cols: uint16(w.Cols)}
+		}
+	}()
+	return out
+}
+
+func absolute(base, p string) string {
+	if path.IsAbs(p) {
+		return path.Clean(p)
+	}
+	return path.Join("/", base, p)
+}
+
+// exitError turns the end of a process into the error that BuildKit's clients
+// know, or nil when its exit code is one of valid (only 0 when valid is nil).
+func exitError(ctx context.Context, res *sandbox.Result, valid []int) error {
+	if valid == nil {
+		valid = []int{0}
+	}
+	if slices.Contains(valid, res.ExitCode) {
+		return nil
+	}
+	exit := &gatewayapi.ExitError{ExitCode: uint32(res.ExitCode)}
+	switch {
+	case ctx.Err() != nil:
+		exit.Err = context.Cause(ctx)
+	case res.OOMKilled:
+		exit.Err = fmt.Errorf("exit code: %d: out of memory: the kernel killed a process of the step", res.ExitCode)
+	}
+	return exit
+}

@@ -1,0 +1,159 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/diff/apply"
+	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/plugins/diff/walking"
+	"github.com/containerd/platforms"
+	"github.com/moby/buildkit/cache/metadata"
+	"github.com/moby/buildkit/cache/remotecache"
+	inlineremotecache "github.com/moby/buildkit/cache/remotecache/inline"
+	localremotecache "github.com/moby/buildkit/cache/remotecache/local"
+	registryremotecache "github.com/moby/buildkit/cache/remotecache/registry"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/cmd/buildkitd/config"
+	"github.com/moby/buildkit/control"
+	"github.com/moby/buildkit/session"
+	containerdsnapshot "github.com/moby/buildkit/snapshot/containerd"
+	"github.com/moby/buildkit/solver"
+	"github.com/moby/buildkit/solver/bboltcachestorage"
+	"github.com/moby/buildkit/util/db/boltutil"
+	"github.com/moby/buildkit/util/disk"
+	"github.com/moby/buildkit/util/leaseutil"
+	"github.com/moby/buildkit/util/resolver"
+	"github.com/moby/buildkit/version"
+	"github.com/moby/buildkit/worker"
+	"github.com/moby/buildkit/worker/base"
+	"github.com/moby/buildkit/worker/label"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/kiln-build/kiln/snapshot"
+)
+
+// historyEntries is how many finished builds the engine remembers.
+const historyEntries int64 = 50
+
+func newController(ctx context.Context, cfg Config, store *snapshot.Store, exec *stepExecutor, policy *frontendPolicy) (*control.Controller, error) {
+	sessions, err := session.NewManager()
+	if err != nil {
+		return nil, fmt.Errorf("make session manager: %w", err)
+	}
+	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
+	hosts := resolver.NewRegistryConfig(nil)
+	w, err := newWorker(ctx, cfg, store, exec)
+	if err != nil {
+		return nil, err
+	}
+	workers := &worker.Controller{}
+	if err := workers.Add(w); err != nil {
+		return nil, fmt.Errorf("add worker: %w", err)
+	}
+	frontends, err := policy.frontends(workers.Infos())
+	if err != nil {
+		return nil, err
+	}
+	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(cfg.Root, "cache.db"))
+	if err != nil {
+		return nil, fmt.Errorf("open step cache: %w", err)
+	}
+	history, err := boltutil.SafeOpen(filepath.Join(cfg.Root, "history.db"), 0o600, &bolt.Options{
+		FreelistType: bolt.FreelistMapType, NoFreelistSync: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open build history: %w", err)
+	}
+	c, err := control.NewController(control.Opt{
+		SessionManager:   sessions,
+		WorkerController: workers,
+		Frontends:        frontends,
+		CacheManager:     solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers)),
+		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
+			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, hosts),
+			"local":    localremotecache.ResolveCacheExporterFunc(sessions),
+			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
+		},
+		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
+			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), hosts),
+			"local":    localremotecache.ResolveCacheImporterFunc(sessions),
+		},
+		// No entitlement exists: a step that asks for one is refused.
+		Entitlements:   nil,
+		HistoryDB:      history,
+		HistoryConfig:  &config.HistoryConfig{MaxEntries: ptr(historyEntries)},
+		CacheStore:     cacheKeys,
+		LeaseManager:   w.LeaseManager(),
+		ContentStore:   w.ContentStore(),
+		GarbageCollect: w.GarbageCollect,
+		GracefulStop:   ctx.Done(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("assemble engine: %w", err)
+	}
+	return c, nil
+}
+
+func newWorker(ctx context.Context, cfg Config, store *snapshot.Store, exec *stepExecutor) (*base.Worker, error) {
+	id, err := base.ID(cfg.Root)
+	if err != nil {
+		return nil, fmt.Errorf("read worker ID: %w", err)
+	}
+	md, err := metadata.NewStore(filepath.Join(cfg.Root, "refs.db"))
+	if err != nil {
+		return nil, fmt.Errorf("open reference metadata: %w", err)
+	}
+	content := containerdsnapshot.NewContentStore(store.DB.ContentStore(), snapshot.Namespace)
+	w, err := base.NewWorker(ctx, base.WorkerOpt{
+		ID:   id,
+		Root: cfg.Root,
+		Labels: map[string]string{
+			label.Executor:       "kiln",
+			label.Snapshotter:    snapshot.Snapshotter,
+			"build.kiln.sandbox": string(cfg.Sandbox),
+		},
+		Platforms:       []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
+		GCPolicy:        gcPolicy(cfg.Root),
+		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
+		Executor:        exec,
+		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, store.Snapshots(), snapshot.Namespace, nil),
+		ContentStore:    content,
+		Applier:         apply.NewFileSystemApplier(content),
+		Differ:          walking.NewWalkingDiff(content),
+		RegistryHosts:   resolver.NewRegistryConfig(nil),
+		LeaseManager:    leaseutil.WithNamespace(ctdmetadata.NewLeaseManager(store.DB), snapshot.Namespace),
+		GarbageCollect:  store.DB.GarbageCollect,
+		MetadataStore:   md,
+		MountPoolRoot:   filepath.Join(cfg.Root, "mounts"),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("assemble worker: %w", err)
+	}
+	return w, nil
+}
+
+// gcPolicy bounds what the store keeps by the size of the disk that it is on,
+// with the shares that BuildKit's users know.
+func gcPolicy(root string) []client.PruneInfo {
+	stat, err := disk.GetDiskStat(root)
+	if err != nil {
+		stat = disk.DiskStat{}
+	}
+	var out []client.PruneInfo
+	for _, rule := range config.DefaultGCPolicy(config.GCConfig{}, stat) {
+		out = append(out, client.PruneInfo{
+			Filter:        rule.Filters,
+			All:           rule.All,
+			KeepDuration:  rule.KeepDuration.Duration,
+			ReservedSpace: rule.ReservedSpace.AsBytes(stat),
+			MaxUsedSpace:  rule.MaxUsedSpace.AsBytes(stat),
+			MinFreeSpace:  rule.MinFreeSpace.AsBytes(stat),
+		})
+	}
+	return out
+}
+
+func ptr[T any](v T) *T { return &v }
