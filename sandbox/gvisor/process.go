@@ -68,7 +68,12 @@ func newStdio(p *sandbox.Process) (_ *stdio, err error) {
 	if err := s.connectStdin(p); err != nil {
 		return s, err
 	}
-	for _, w := range []io.Writer{p.Stdout, p.Stderr} {
+	for i, w := range []io.Writer{p.Stdout, p.Stderr} {
+		if i == 1 && w != nil && sameWriter(p.Stdout, p.Stderr) {
+			// One writer is never called from two goroutines.
+			s.guest = append(s.guest, s.guest[1])
+			continue
+		}
 		if w == nil {
 			null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 			if err != nil {
@@ -90,6 +95,11 @@ func newStdio(p *sandbox.Process) (_ *stdio, err error) {
 		})
 	}
 	return s, nil
+}
+
+func sameWriter(a, b io.Writer) bool {
+	defer func() { _ = recover() }() // types that cannot be compared differ
+	return a == b
 }
 
 func (s *stdio) connectStdin(p *sandbox.Process) error {

@@ -2,6 +2,7 @@ package upper
 
 import (
 	"archive/tar"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
@@ -9,6 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// aclXattr begins the names of access control lists.
+const aclXattr = "system.posix_acl_"
 
 // modeBits are the permission bits that a layer keeps.
 const modeBits = 0o7777
@@ -111,4 +115,10 @@ func setTimes(fd int, t time.Time) error {
 		return fmt.Errorf("set time: %w", err)
 	}
 	return nil
+}
+
+// aclRecord decodes the value of an access control list, which the sandbox
+// writes in base64.
+func aclRecord(v string) ([]byte, error) {
+	return base64.RawStdEncoding.DecodeString(v)
 }

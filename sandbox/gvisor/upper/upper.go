@@ -11,7 +11,6 @@ package upper
 import (
 	"archive/tar"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -32,11 +31,8 @@ type Options struct {
 }
 
 const (
-	paxXattr     = "SCHILY.xattr."
-	opaqueXattr  = "trusted.overlay.opaque"
-	aclXattr     = "system.posix_acl_"
-	overlayXattr = "trusted.overlay."
-	maxDepth     = 2048
+	paxXattr    = "SCHILY.xattr."
+	opaqueXattr = "trusted.overlay.opaque"
 )
 
 // Apply reads a tar stream from r and writes it into the directory dir. On error
@@ -46,7 +42,7 @@ func Apply(ctx context.Context, dir string, r io.Reader, opts Options) error {
 	if err != nil {
 		return fmt.Errorf("open upper directory %s: %w", dir, err)
 	}
-	a := &applier{root: root, dirFD: -1, seen: map[string]bool{}}
+	a := &applier{root: root, dirFD: -1, seen: map[string]bool{}, whiteouts: map[string]bool{}}
 	defer a.close()
 	for _, l := range opts.Lower {
 		fd, err := unix.Open(l, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -89,6 +85,9 @@ type applier struct {
 	// seen are the paths that this stream made; an entry for one of them is a
 	// second one, which no sandbox writes.
 	seen map[string]bool
+	// whiteouts are those of them that hide something; the sandbox links them to
+	// each other.
+	whiteouts map[string]bool
 }
 
 func (a *applier) close() {
@@ -104,55 +103,6 @@ func (a *applier) closeDir() {
 		unix.Close(a.dirFD)
 		a.dirFD = -1
 	}
-}
-
-// clip keeps a hostile name from filling a log.
-func clip(s string) string {
-	if len(s) > 256 {
-		return s[:256] + "…"
-	}
-	return s
-}
-
-// cleanName turns the name of an entry into a path relative to the root, "."
-// for the root itself, and refuses names that lead elsewhere.
-func cleanName(name string) (string, error) {
-	name = strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/")
-	if name == "" || name == "." {
-		return ".", nil
-	}
-	if strings.HasPrefix(name, "/") || strings.IndexByte(name, 0) >= 0 || path.Clean(name) != name ||
-		name == ".." || strings.HasPrefix(name, "../") || strings.Count(name, "/") > maxDepth {
-		return "", errors.New("not a clean path below the root")
-	}
-	return name, nil
-}
-
-const resolveFlags = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV
-
-func openat(dir int, name string, flags uint64) (int, error) {
-	how := &unix.OpenHow{Flags: flags | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: resolveFlags}
-	if len(name) < unix.PathMax {
-		return unix.Openat2(dir, name, how)
-	}
-	// The kernel takes no longer path at once: go in steps.
-	first, rest, _ := splitLong(name)
-	fd, err := unix.Openat2(dir, first, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: resolveFlags,
-	})
-	if err != nil {
-		return -1, err
-	}
-	defer unix.Close(fd)
-	return openat(fd, rest, flags)
-}
-
-func splitLong(name string) (first, rest string, ok bool) {
-	i := strings.LastIndexByte(name[:unix.PathMax-1], '/')
-	if i <= 0 {
-		return name[:unix.PathMax-1], name[unix.PathMax-1:], false
-	}
-	return name[:i], name[i+1:], true
 }
 
 // parent opens the directory that holds name. The result stays open until the
@@ -211,7 +161,7 @@ func (a *applier) entry(h *tar.Header, content io.Reader) error {
 		}
 		return setPath(dir, base, h, false)
 	case tar.TypeLink:
-		return a.link(dir, base, h)
+		return a.link(dir, base, name, h)
 	case tar.TypeFifo:
 		if err := unix.Mknodat(dir, base, unix.S_IFIFO|0o600, 0); err != nil {
 			return err
@@ -219,7 +169,7 @@ func (a *applier) entry(h *tar.Header, content io.Reader) error {
 		return setPath(dir, base, h, true)
 	case tar.TypeChar:
 		if h.Devmajor == 0 && h.Devminor == 0 {
-			return unix.Mknodat(dir, base, unix.S_IFCHR, 0)
+			return a.whiteout(dir, base, name)
 		}
 		return errors.New("device files cannot be part of a layer")
 	default:
@@ -232,45 +182,11 @@ func (a *applier) clear(dir int, base string) error {
 	err := unix.Unlinkat(dir, base, 0)
 	if errors.Is(err, unix.EISDIR) {
 		err = removeTree(dir, base, 0)
-		a.closeDirUnless(dir)
 	}
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	return err
-}
-
-func (a *applier) closeDirUnless(fd int) {
-	if a.dirFD != fd {
-		a.closeDir()
-	}
-}
-
-// removeTree removes a directory with everything in it.
-func removeTree(dir int, base string, depth int) error {
-	if depth > maxDepth {
-		return errors.New("directories are nested too deeply")
-	}
-	fd, err := openat(dir, base, unix.O_RDONLY|unix.O_DIRECTORY)
-	if err != nil {
-		return err
-	}
-	f := os.NewFile(uintptr(fd), base)
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	if err != nil {
-		return err
-	}
-	for _, n := range names {
-		err := unix.Unlinkat(fd, n, 0)
-		if errors.Is(err, unix.EISDIR) {
-			err = removeTree(fd, n, depth+1)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return unix.Unlinkat(dir, base, unix.AT_REMOVEDIR)
 }
 
 func (a *applier) directory(dir int, base, name string, h *tar.Header) error {
@@ -348,10 +264,27 @@ func (a *applier) file(dir int, base string, h *tar.Header, content io.Reader) e
 	return f.Close()
 }
 
-func (a *applier) link(dir int, base string, h *tar.Header) error {
+// whiteout hides name of the layers below. Where they have nothing of that name,
+// what it hid was in the upper directory itself and is gone now.
+func (a *applier) whiteout(dir int, base, name string) error {
+	a.whiteouts[name] = true
+	for _, l := range a.lower {
+		fd, err := openat(l, name, unix.O_PATH)
+		if err == nil {
+			unix.Close(fd)
+			return unix.Mknodat(dir, base, unix.S_IFCHR, 0)
+		}
+	}
+	return nil
+}
+
+func (a *applier) link(dir int, base, name string, h *tar.Header) error {
 	target, err := cleanName(h.Linkname)
 	if err != nil {
 		return fmt.Errorf("hard link to %q: %w", clip(h.Linkname), err)
+	}
+	if a.whiteouts[target] {
+		return a.whiteout(dir, base, name)
 	}
 	if !a.seen[target] {
 		return fmt.Errorf("hard link to %q, which the stream does not have", clip(target))
@@ -385,10 +318,4 @@ func (a *applier) finish() error {
 		}
 	}
 	return nil
-}
-
-// aclRecord decodes the value of an access control list, which the sandbox
-// writes in base64.
-func aclRecord(v string) ([]byte, error) {
-	return base64.RawStdEncoding.DecodeString(v)
 }
