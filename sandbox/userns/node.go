@@ -1,0 +1,247 @@
+package userns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/stepfs"
+)
+
+// cgroupRoot is where the node's cgroup hierarchies are mounted.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// removeStepDir removes a step's directory. It never goes into a directory in it:
+// those are mount points, and what is mounted is not the step's to delete.
+func removeStepDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read step directory: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, os.Remove(filepath.Join(dir, e.Name())))
+	}
+	if err := errors.Join(append(errs, os.Remove(dir))...); err != nil {
+		return fmt.Errorf("remove step directory: %w", err)
+	}
+	return nil
+}
+
+// recover removes what a killed process left in the state directory.
+func (r *Runtime) recover(ctx context.Context) error {
+	entries, err := os.ReadDir(stepsDir(r.cfg))
+	if err != nil {
+		return fmt.Errorf("read state directory: %w", err)
+	}
+	containers, err := os.ReadDir(runcDir(r.cfg))
+	if err != nil {
+		return fmt.Errorf("read state directory: %w", err)
+	}
+	ids := map[string]bool{}
+	for _, e := range append(entries, containers...) {
+		if sandbox.ValidID(e.Name()) {
+			ids[e.Name()] = true
+		}
+	}
+	for id := range ids {
+		cgroup := filepath.Join(r.cfg.CgroupParent, id)
+		killCgroup(cgroup)
+		if err := r.runc.delete(ctx, id); err != nil {
+			return err
+		}
+		if err := os.RemoveAll(filepath.Join(runcDir(r.cfg), id)); err != nil {
+			return fmt.Errorf("remove state of a container: %w", err)
+		}
+		removeCgroups(cgroup)
+	}
+	if err := unmountBelow(stepsDir(r.cfg)); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := removeStepDir(filepath.Join(stepsDir(r.cfg), e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unmountBelow takes away every mount below dir, the last made first.
+func unmountBelow(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return fmt.Errorf("list mounts: %w", err)
+	}
+	for i := len(mounts) - 1; i >= 0; i-- {
+		if err := unix.Unmount(mounts[i].Mountpoint, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", mounts[i].Mountpoint, err)
+		}
+	}
+	return nil
+}
+
+// cgroupDirs returns the directories of a cgroup in all hierarchies of the node.
+func cgroupDirs(cgroup string) []string {
+	var dirs []string
+	for _, pattern := range []string{cgroupRoot, filepath.Join(cgroupRoot, "*")} {
+		// The pattern is a constant and the ID has no special characters.
+		found, _ := filepath.Glob(filepath.Join(pattern, cgroup, "cgroup.procs"))
+		for _, f := range found {
+			dirs = append(dirs, filepath.Dir(f))
+		}
+	}
+	return dirs
+}
+
+// killCgroup kills the processes of a cgroup, and waits until they are gone.
+func killCgroup(cgroup string) {
+	for range 100 {
+		alive := false
+		for _, dir := range cgroupDirs(cgroup) {
+			data, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			for _, field := range strings.Fields(string(data)) {
+				if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+					alive = true
+					_ = unix.Kill(pid, unix.SIGKILL)
+				}
+			}
+		}
+		if !alive {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// removeCgroups removes an empty cgroup from all hierarchies. One that is in use
+// stays, which is what its user wants.
+func removeCgroups(cgroup string) {
+	for _, dir := range cgroupDirs(cgroup) {
+		_ = unix.Rmdir(dir)
+	}
+}
+
+// ownSysfs mounts sysfs for the step's network namespace and puts it into spec in
+// place of runc's. Only the owner of a network namespace may mount its sysfs, and
+// that is the node here, not the step's user namespace.
+func ownSysfs(owned *cleanup, spec *specs.Spec, dir, netns string) error {
+	target := filepath.Join(dir, "sys")
+	if err := os.Mkdir(target, 0o755); err != nil {
+		return fmt.Errorf("make mount point: %w", err)
+	}
+	fd, err := sysfsOf(netns)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("attach sysfs: %w", err)
+	}
+	owned.add(func() error {
+		if err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount sysfs: %w", err)
+		}
+		return nil
+	})
+	for i := range spec.Mounts {
+		if spec.Mounts[i].Destination == "/sys" {
+			spec.Mounts[i] = specs.Mount{Destination: "/sys", Type: "bind", Source: target, Options: []string{"bind"}}
+		}
+	}
+	return nil
+}
+
+// sysfsOf returns a detached read-only mount of the sysfs of a network namespace.
+func sysfsOf(netns string) (int, error) {
+	type result struct {
+		fd  int
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		runtime.LockOSThread()
+		fd, err := mountSysfs(netns, func(err error) {
+			if err == nil {
+				runtime.UnlockOSThread()
+			} // else the thread ends with the goroutine
+		})
+		done <- result{fd, err}
+	}()
+	r := <-done
+	return r.fd, r.err
+}
+
+// mountSysfs mounts sysfs from inside netns and calls back with how the return to
+// the thread's own namespace went.
+func mountSysfs(netns string, back func(error)) (int, error) {
+	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		back(nil)
+		return -1, fmt.Errorf("open own network namespace: %w", err)
+	}
+	defer unix.Close(own)
+	ns, err := unix.Open(netns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		back(nil)
+		return -1, fmt.Errorf("open network namespace: %w", err)
+	}
+	defer unix.Close(ns)
+	if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
+		back(nil)
+		return -1, fmt.Errorf("enter network namespace: %w", err)
+	}
+	defer func() { back(unix.Setns(own, unix.CLONE_NEWNET)) }()
+	fs, err := unix.Fsopen("sysfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("open sysfs: %w", err)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return -1, fmt.Errorf("make sysfs: %w", err)
+	}
+	const attrs = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attrs)
+	if err != nil {
+		return -1, fmt.Errorf("mount sysfs: %w", err)
+	}
+	return fd, nil
+}
+
+// tryOverlay mounts an overlay with shifted IDs below dir, and writes to it.
+func tryOverlay(dir string, ns *os.File) (err error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(dir, ".check-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	tree := sandbox.Tree{Upper: filepath.Join(tmp, "fs"), Work: filepath.Join(tmp, "work"), Lower: []string{filepath.Join(tmp, "lower")}}
+	for _, d := range []string{tree.Upper, tree.Work, tree.Lower[0]} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return err
+		}
+	}
+	target := filepath.Join(tmp, "target")
+	unmount, err := stepfs.Make(tree, target, stepfs.Options{IDMap: &stepfs.IDMap{UserNS: int(ns.Fd()), UID: FirstID, GID: FirstID}})
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.Mkdir(filepath.Join(target, "d"), 0o755), unmount())
+}

@@ -1,0 +1,5 @@
+package userns
+
+const victimEnv = "KILN_TEST_VICTIM"
+
+func victim(string) {}
