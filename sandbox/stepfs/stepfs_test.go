@@ -31,11 +31,18 @@ const firstID = 1879048192
 func census(t *testing.T) {
 	t.Helper()
 	count := func() (string, int) {
-		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		info, err := os.ReadFile("/proc/self/mountinfo")
 		require.NoError(t, err)
+		name, _, _ := strings.Cut(t.Name(), "/")
+		var mounts strings.Builder
+		for line := range strings.Lines(string(info)) {
+			if strings.Contains(line, name) { // not those of others
+				mounts.WriteString(line)
+			}
+		}
 		fds, err := os.ReadDir("/proc/self/fd")
 		require.NoError(t, err)
-		return string(mounts), len(fds)
+		return mounts.String(), len(fds)
 	}
 	mounts, fds := count()
 	t.Cleanup(func() {

@@ -93,8 +93,14 @@ func census(t testing.TB) {
 }
 
 func node(t testing.TB) string {
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	info, err := os.ReadFile("/proc/self/mountinfo")
 	require.NoError(t, err)
+	var mounts []string
+	for line := range strings.Lines(string(info)) {
+		if strings.Contains(line, "kiln-userns-") { // not those of others
+			mounts = append(mounts, line)
+		}
+	}
 	fds, err := os.ReadDir("/proc/self/fd")
 	require.NoError(t, err)
 	cgroups := cgroupDirs(fmt.Sprintf("/kiln-test-%d", os.Getpid()))
@@ -108,7 +114,7 @@ func node(t testing.TB) string {
 			open = append(open, target)
 		}
 	}
-	return fmt.Sprintf("%s\nfds %q\ncgroups %v\nchildren %s", mounts, open, cgroups, children)
+	return fmt.Sprintf("mounts %q\nfds %q\ncgroups %v\nchildren %s", mounts, open, cgroups, children)
 }
 
 // busybox makes a root file system and returns its directory.
