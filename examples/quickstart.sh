@@ -12,13 +12,13 @@ toolbox=$root/quickstart/toolbox
 if [ ! -e "$toolbox/index.json" ]; then
 	mkdir -p "$work/toolbox" "$toolbox"
 	mmdebstrap --quiet --variant=extract --include=busybox,tcc,libc6-dev bookworm "$work/toolbox/rootfs.tar"
-	printf 'FROM scratch\nADD rootfs.tar /\nCMD ["/bin/bash"]\n' >"$work/toolbox/Dockerfile"
+	printf 'FROM scratch\nADD rootfs.tar /\nRUN ["/bin/busybox", "ln", "-s", "busybox", "/bin/sh"]\n' >"$work/toolbox/Dockerfile"
 	kiln build --root "$root" --progress plain --provenance=false -o "type=oci,tar=false,dest=$toolbox" "$work/toolbox"
 fi
 
-kiln build --root "$root" --progress plain --sandbox gvisor --provenance=false \
-	--build-context "toolbox=oci-layout://$toolbox" --iidfile "$work/digest" --metadata-file "$work/metadata.json" \
-	-o "type=oci,dest=$work/hello.tar" -o "type=local,dest=$work/rootfs" examples/hello
+hello() { kiln build --root "$root" --sandbox gvisor --provenance=false --build-context "toolbox=oci-layout://$toolbox" "$@" examples/hello; }
+hello --progress plain --no-cache -o "type=oci,dest=$work/hello.tar" --metadata-file "$work/metadata.json"
+hello --progress quiet -o "type=local,dest=$work/rootfs" >"$work/quiet"
 
 echo
 echo "Image digest: $(sed -n 's/.*"containerimage.digest": *"\([^"]*\)".*/\1/p' "$work/metadata.json" | head -n 1)"

@@ -2,12 +2,28 @@ package main
 
 import (
 	"context"
-	"errors"
+	"os"
 
+	"github.com/sirupsen/logrus"
+
+	"github.com/kiln-build/kiln/agent/engine"
 	"github.com/kiln-build/kiln/cmd/kiln/cli"
 )
 
+// debugEnv makes the engine's own log appear on stderr.
+const debugEnv = "KILN_DEBUG"
+
 // startEngine assembles the engine in this process.
-func startEngine(context.Context, cli.EngineConfig) (cli.Engine, error) {
-	return nil, errors.New("this build of kiln has no engine: use --agent ADDR")
+func startEngine(ctx context.Context, cfg cli.EngineConfig) (cli.Engine, error) {
+	// What users have to know is in the progress and in errors; the log of the
+	// libraries would only tear the display.
+	logrus.SetLevel(logrus.FatalLevel)
+	if os.Getenv(debugEnv) != "" {
+		logrus.SetLevel(logrus.DebugLevel)
+	}
+	e, err := engine.New(ctx, engine.Config{Root: cfg.Root, Sandbox: cfg.Sandbox, RuncPath: cfg.RuncPath, RunscPath: cfg.RunscPath})
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
 }

@@ -4,15 +4,28 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"runtime/debug"
 	"syscall"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/kiln-build/kiln/cmd/kiln/cli"
+	"github.com/kiln-build/kiln/sandbox/mountns"
 )
 
 func main() {
+	if err := enterMountNamespace(os.Args); err != nil {
+		fmt.Fprintln(os.Stderr, "kiln:", err)
+		os.Exit(cli.ExitFailed)
+	}
+	if os.Getenv("KILN_DEBUG") == "" {
+		// The libraries log what the progress output and errors tell already.
+		logrus.SetOutput(io.Discard)
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
@@ -22,7 +35,10 @@ func main() {
 		<-signals
 		os.Exit(cli.ExitInterrupted)
 	}()
-	app := &cli.App{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version(), Start: startEngine}
+	app := &cli.App{
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version(),
+		Isolate: mountns.Enter, Start: startEngine,
+	}
 	os.Exit(app.Main(ctx, os.Args[1:]))
 }
 
