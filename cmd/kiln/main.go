@@ -4,7 +4,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -18,10 +17,6 @@ import (
 )
 
 func main() {
-	if err := enterMountNamespace(os.Args); err != nil {
-		fmt.Fprintln(os.Stderr, "kiln:", err)
-		os.Exit(cli.ExitFailed)
-	}
 	if os.Getenv("KILN_DEBUG") == "" {
 		// The libraries log what the progress output and errors tell already.
 		logrus.SetOutput(io.Discard)
@@ -37,6 +32,8 @@ func main() {
 	}()
 	app := &cli.App{
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version(),
+		// Only commands that start an engine enter a mount namespace, and only once:
+		// the App calls it, and not main, because it has read the flags.
 		Isolate: mountns.Enter, Start: startEngine,
 	}
 	os.Exit(app.Main(ctx, os.Args[1:]))

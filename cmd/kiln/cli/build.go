@@ -125,6 +125,9 @@ func (a *App) build(ctx context.Context, f *buildFlags) error {
 	if _, err := f.target.check(); err != nil {
 		return err
 	}
+	// This comes before stdin is read. Whether it failed matters only when the
+	// command line is right: connect reports it then.
+	_ = a.isolate(&f.target)
 	if v := os.Getenv("DOCKER_DEFAULT_PLATFORM"); v != "" && len(f.Platforms) == 0 {
 		f.Platforms = []string{v}
 	}

@@ -50,8 +50,13 @@ type App struct {
 	Stdout, Stderr io.Writer
 	// Version is what kiln version prints.
 	Version string
+	// Isolate moves this process away from the node's mounts, which may start it
+	// anew: it is called at most once, before anything is read from Stdin.
+	Isolate func() error
 	// Start starts the engine in this process. The caller holds the lock of Root.
 	Start func(ctx context.Context, cfg EngineConfig) (Engine, error)
+
+	isolated bool
 }
 
 // Main runs the command with args and returns its exit code. When ctx ends, what

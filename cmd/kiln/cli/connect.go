@@ -72,6 +72,9 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 	if t.agent != "" {
 		return dial(ctx, t.agent)
 	}
+	if err := a.isolate(t); err != nil {
+		return nil, nil, err
+	}
 	root := t.rootDir()
 	unlock, err := snapshot.Lock(ctx, root, func(holder string) {
 		fmt.Fprintf(a.Stderr, "kiln: %s is in use by %s; waiting for it to end\n", root, holder)
@@ -89,6 +92,18 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 		return nil, nil, errors.Join(err, e.Close(), unlock())
 	}
 	return c, func() error { return errors.Join(ignoreCanceled(c.Close()), e.Close(), unlock()) }, nil
+}
+
+// isolate prepares this process for an engine, if it is to have one.
+func (a *App) isolate(t *target) error {
+	if t.agent != "" || a.isolated || a.Isolate == nil {
+		return nil
+	}
+	if err := a.Isolate(); err != nil {
+		return fmt.Errorf("prepare to build in this process: %w; build as root, or on an agent with --agent", err)
+	}
+	a.isolated = true
+	return nil
 }
 
 // dial connects to an agent and checks that it answers.

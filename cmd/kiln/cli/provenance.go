@@ -10,8 +10,10 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
+	slsa1 "github.com/in-toto/in-toto-golang/in_toto/slsa_provenance/v1"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
+	provenancetypes "github.com/moby/buildkit/solver/llbsolver/provenance/types"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -68,7 +70,7 @@ func fetchProvenance(ctx context.Context, c *client.Client, ref string) (map[str
 	}
 }
 
-func readProvenance(ctx context.Context, store content.Store, r *controlapi.BuildResultInfo) (map[string]any, error) {
+func readProvenance(ctx context.Context, store content.Store, r *controlapi.BuildResultInfo) (*provenancetypes.ProvenancePredicateSLSA02, error) {
 	for _, a := range r.Attestations {
 		if a.MediaType != "application/vnd.in-toto+json" || !strings.HasPrefix(a.Annotations[predicateTypeKey], provenancePredicate) {
 			continue
@@ -80,18 +82,24 @@ func readProvenance(ctx context.Context, store content.Store, r *controlapi.Buil
 		if err != nil {
 			return nil, fmt.Errorf("read provenance: %w", err)
 		}
-		var doc map[string]any
-		if err := json.Unmarshal(data, &doc); err != nil {
-			return nil, fmt.Errorf("decode provenance: %w", err)
-		}
-		delete(doc, "buildConfig")
-		delete(doc, "metadata")
-		if d, ok := doc["buildDefinition"].(map[string]any); ok {
-			if p, ok := d["internalParameters"].(map[string]any); ok {
-				delete(p, "buildConfig")
-			}
-		}
-		return doc, nil
+		return decodeProvenance(data, a.Annotations[predicateTypeKey])
 	}
 	return nil, nil
+}
+
+// decodeProvenance returns a document in the form that buildx writes: SLSA 0.2
+// without the build's definition and times.
+func decodeProvenance(data []byte, predicate string) (*provenancetypes.ProvenancePredicateSLSA02, error) {
+	var doc provenancetypes.ProvenancePredicateSLSA02
+	if predicate == slsa1.PredicateSLSAProvenance {
+		var v1 provenancetypes.ProvenancePredicateSLSA1
+		if err := json.Unmarshal(data, &v1); err != nil {
+			return nil, fmt.Errorf("decode provenance: %w", err)
+		}
+		doc = *v1.ConvertToSLSA02()
+	} else if err := json.Unmarshal(data, &doc); err != nil {
+		return nil, fmt.Errorf("decode provenance: %w", err)
+	}
+	doc.BuildConfig, doc.Metadata = nil, nil
+	return &doc, nil
 }
