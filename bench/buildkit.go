@@ -1,0 +1,145 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+)
+
+type buildkitPeer struct {
+	name, client, addr string
+	daemon             *exec.Cmd
+	log                bytes.Buffer
+	exited             chan error
+	start              time.Duration
+}
+
+// runscWrapper lets stock BuildKit drive runsc: `runsc run` knows no --keep, and
+// has deleted the container when it returns. $0 of the format is runsc.
+const runscWrapper = `#!/bin/sh
+# Drops the flag that runsc does not have, and a deletion that is done already.
+for a; do
+	shift
+	case $a in
+	--keep) ;;
+	delete) exit 0 ;;
+	*) set -- "$@" "$a" ;;
+	esac
+done
+exec '%s' --root '%s' --ignore-cgroups --network=host --overlay2=none --platform=systrap "$@"
+`
+
+func startBuildKit(gvisor bool) func(context.Context, config, string) (peer, error) {
+	return func(ctx context.Context, c config, dir string) (peer, error) {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+		b := &buildkitPeer{name: "buildkit-runc", client: c.buildctl, addr: "unix://" + filepath.Join(dir, "s"), exited: make(chan error, 1)}
+		runtime := c.runc
+		if gvisor {
+			b.name = "buildkit-runsc"
+			runtime = filepath.Join(dir, "runsc-for-buildkit")
+			if err := os.WriteFile(runtime, fmt.Appendf(nil, runscWrapper, c.runsc, filepath.Join(dir, "runsc")), 0o700); err != nil {
+				return nil, err
+			}
+		}
+		conf := filepath.Join(dir, "buildkitd.toml") // not the machine's
+		if err := os.WriteFile(conf, nil, 0o600); err != nil {
+			return nil, err
+		}
+		b.daemon = exec.Command(c.buildkitd, "--config", conf, "--root", filepath.Join(dir, "root"), "--addr", b.addr,
+			"--otel-socket-path", filepath.Join(dir, "otel"), "--containerd-worker=false", "--oci-worker=true",
+			"--oci-worker-snapshotter", "overlayfs", "--oci-worker-net", "host", "--oci-worker-binary", runtime)
+		b.daemon.Stdout, b.daemon.Stderr = &b.log, &b.log
+		begin := time.Now()
+		if err := b.daemon.Start(); err != nil {
+			return nil, err
+		}
+		go func() { b.exited <- b.daemon.Wait() }()
+		for {
+			err := command(ctx, nil, b.client, "--addr", b.addr, "debug", "workers")
+			if err == nil {
+				b.start = time.Since(begin)
+				return b, nil
+			}
+			select {
+			case ended := <-b.exited:
+				return nil, fmt.Errorf("buildkitd ended: %w\n%s", ended, b.log.String())
+			case <-ctx.Done():
+				return nil, errors.Join(ctx.Err(), b.Close())
+			case <-time.After(20 * time.Millisecond):
+			}
+			if time.Since(begin) > time.Minute {
+				return nil, errors.Join(fmt.Errorf("buildkitd does not answer: %w", err), b.Close())
+			}
+		}
+	}
+}
+
+func (b *buildkitPeer) Name() string             { return b.name }
+func (b *buildkitPeer) StartTime() time.Duration { return b.start }
+
+func (b *buildkitPeer) Close() error {
+	if err := b.daemon.Process.Signal(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stop buildkitd: %w", err)
+	}
+	select {
+	case <-b.exited:
+	case <-time.After(30 * time.Second):
+		return errors.Join(fmt.Errorf("buildkitd (process %d) does not stop", b.daemon.Process.Pid), b.daemon.Process.Kill())
+	}
+	return nil
+}
+
+func (b *buildkitPeer) Reset(ctx context.Context) error {
+	return command(ctx, nil, b.client, "--addr", b.addr, "prune", "--all")
+}
+
+func (b *buildkitPeer) Build(ctx context.Context, r request) (usage, error) {
+	args := []string{"--addr", b.addr, "build", "--progress", "plain", "--frontend", "dockerfile.v0",
+		"--local", "context=" + r.dir, "--local", "dockerfile=" + r.dir}
+	for name, dir := range r.bases {
+		digest, err := layoutDigest(dir)
+		if err != nil {
+			return usage{}, err
+		}
+		args = append(args, "--oci-layout", name+"="+dir, "--opt", "context:"+name+"=oci-layout://"+name+"@"+digest)
+	}
+	if r.noCache {
+		args = append(args, "--no-cache")
+	}
+	if r.push != "" {
+		args = append(args, "--output", "type=image,name="+r.push+",push=true,registry.insecure=true")
+	}
+	// The daemon's high-water mark starts anew with each build.
+	pid := b.daemon.Process.Pid
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+		return usage{}, err
+	}
+	begin := time.Now()
+	err := command(ctx, nil, b.client, args...)
+	return usage{elapsed: time.Since(begin), peak: peakOf(pid)}, err
+}
+
+func layoutDigest(dir string) (string, error) {
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		return "", fmt.Errorf("read OCI layout %s: %w", dir, err)
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		return "", err
+	}
+	if len(m.Manifests) != 1 {
+		return "", fmt.Errorf("OCI layout %s has %d images, want 1", dir, len(m.Manifests))
+	}
+	return m.Manifests[0].Digest.String(), nil
+}

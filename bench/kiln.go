@@ -1,0 +1,57 @@
+package main
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+type kilnPeer struct {
+	name, program, sandbox, root, path string
+}
+
+func startKiln(sandbox string) func(context.Context, config, string) (peer, error) {
+	return func(_ context.Context, c config, dir string) (peer, error) {
+		k := &kilnPeer{name: "kiln-" + sandbox, program: c.kiln, sandbox: sandbox, root: filepath.Join(dir, "root")}
+		if _, err := os.Stat(c.kiln); err != nil {
+			return nil, err
+		}
+		return k, os.MkdirAll(k.root, 0o700)
+	}
+}
+
+func (k *kilnPeer) Name() string             { return k.name }
+func (k *kilnPeer) StartTime() time.Duration { return 0 }
+func (k *kilnPeer) Close() error             { return nil }
+
+func (k *kilnPeer) Reset(context.Context) error {
+	if err := os.RemoveAll(k.root); err != nil {
+		return err
+	}
+	return os.MkdirAll(k.root, 0o700)
+}
+
+func (k *kilnPeer) Build(ctx context.Context, r request) (usage, error) {
+	args := []string{"build", "--root", k.root, "--sandbox", k.sandbox, "--progress", "plain", "--provenance=false"}
+	for name, layout := range r.bases {
+		args = append(args, "--build-context", name+"=oci-layout://"+layout)
+	}
+	if r.noCache {
+		args = append(args, "--no-cache")
+	}
+	if r.push != "" {
+		args = append(args, "--output", "type=image,name="+r.push+",push=true,registry.insecure=true")
+	} else {
+		args = append(args, "--output", "type=cacheonly")
+	}
+	args = append(args, r.dir)
+	var peak func() int64
+	begin := time.Now()
+	err := command(ctx, func(pid int) { peak = watchPeak(pid) }, k.program, args...)
+	u := usage{elapsed: time.Since(begin)}
+	if peak != nil {
+		u.peak = peak()
+	}
+	return u, err
+}

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// workload is one thing to measure.
+type workload struct {
+	name, about string
+	base        func(*inputs) map[string]string
+	context     func(*inputs) string // directory that holds the files; nil: nothing
+	dockerfile  string
+	noCache     bool
+	push        bool
+	// before is called ahead of every run; its time does not count.
+	before func(ctx context.Context, p peer, dir string, run int) error
+	// fresh gives every run a repository of its own.
+	fresh bool
+}
+
+func busyboxBase(in *inputs) map[string]string { return map[string]string{"base": in.busybox} }
+func gccBase(in *inputs) map[string]string     { return map[string]string{"base": in.gcc} }
+
+func workloads() []workload {
+	var steps, stages, last strings.Builder
+	steps.WriteString("FROM base\n")
+	for i := range 20 {
+		fmt.Fprintf(&steps, "RUN echo step %d\n", i)
+	}
+	for i := range 8 {
+		fmt.Fprintf(&stages, "FROM base AS s%d\nRUN i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo $i > /out%d\n", i, i)
+		fmt.Fprintf(&last, "COPY --from=s%d /out%d /\n", i, i)
+	}
+	stages.WriteString("FROM base\n" + last.String())
+	copyFiles := "FROM base\nCOPY data /data\nRUN echo done\n"
+	files := func(in *inputs) string { return in.files }
+
+	return []workload{
+		{name: "start", about: "one cached step: what a build costs before any work", base: busyboxBase, dockerfile: "FROM base\nRUN echo hello\n"},
+		{name: "steps", about: "20 RUN steps, no cache", base: busyboxBase, dockerfile: steps.String(), noCache: true},
+		{name: "cached", about: "20 RUN steps, all cached", base: busyboxBase, dockerfile: steps.String()},
+		{name: "stages", about: "8 parallel stages, no cache", base: busyboxBase, dockerfile: stages.String(), noCache: true},
+		{name: "compile", about: "120 C files, make -j2, no cache", base: gccBase, dockerfile: "FROM base\nCOPY src /src\nRUN cd /src && make -s -j2\n",
+			context: func(in *inputs) string { return in.csource }, noCache: true},
+		{name: "files", about: "one step: 10,000 small files, cp -a /usr, rm -rf both", base: gccBase, noCache: true,
+			dockerfile: "FROM base\nRUN mkdir /d && i=0 && while [ $i -lt 10000 ]; do echo $i > /d/$i; i=$((i+1)); done && cp -a /usr /usr2 && rm -rf /d /usr2\n"},
+		{name: "push-cold", about: "20,000 files, 234 MB: COPY, RUN, push, nothing known before", base: busyboxBase, context: files, dockerfile: copyFiles, push: true, fresh: true,
+			before: func(ctx context.Context, p peer, _ string, _ int) error { return p.Reset(ctx) }},
+		{name: "push-same", about: "the same, nothing changed", base: busyboxBase, context: files, dockerfile: copyFiles, push: true},
+		{name: "push-one", about: "the same, one file changed", base: busyboxBase, context: files, dockerfile: copyFiles, push: true,
+			before: func(_ context.Context, p peer, dir string, run int) error {
+				text := fmt.Sprintf("%s %d %d\n", p.Name(), run, time.Now().UnixNano())
+				return os.WriteFile(filepath.Join(dir, "data", "000", "00000.bin"), []byte(text), 0o644)
+			}},
+	}
+}
+
+// measure runs a workload n times with each peer, in turns.
+func measure(ctx context.Context, w workload, peers []peer, in *inputs, registryAddr, tmp string, n int) (workResult, error) {
+	res := workResult{Name: w.name, About: w.about}
+	dir := filepath.Join(tmp, "context-"+w.name)
+	if w.context != nil {
+		dir = w.context(in)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return res, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(w.dockerfile), 0o644); err != nil {
+		return res, err
+	}
+	res.Peers = make([]peerResult, len(peers))
+	for run := range n + 1 { // run 0 warms up
+		for i, p := range peers {
+			if w.before != nil {
+				if err := w.before(ctx, p, dir, run); err != nil {
+					return res, fmt.Errorf("prepare %s: %w", p.Name(), err)
+				}
+			}
+			r := request{dir: dir, bases: w.base(in), noCache: w.noCache}
+			if w.push {
+				repo := "push-" + p.Name()
+				if w.fresh {
+					repo = fmt.Sprintf("%s-%d-%s", w.name, run, p.Name())
+				}
+				r.push = registryAddr + "/" + repo + ":latest"
+			}
+			u, err := p.Build(ctx, r)
+			if err != nil {
+				return res, fmt.Errorf("%s: %w", p.Name(), err)
+			}
+			fmt.Fprintf(os.Stderr, "%-10s %d/%d %-15s %7.2f s %5d MiB\n", w.name, run, n, p.Name(), u.elapsed.Seconds(), u.peak>>20)
+			pr := &res.Peers[i]
+			pr.Name = p.Name()
+			if run > 0 {
+				pr.Seconds = append(pr.Seconds, u.elapsed.Seconds())
+				pr.PeakBytes = append(pr.PeakBytes, float64(u.peak))
+			}
+		}
+	}
+	for i := range res.Peers {
+		res.Peers[i].Median = median(res.Peers[i].Seconds)
+		res.Peers[i].MedianPeak = median(res.Peers[i].PeakBytes)
+	}
+	return res, nil
+}
