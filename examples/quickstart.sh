@@ -7,11 +7,11 @@ root=${KILN_ROOT:-/var/lib/kiln}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# The base image comes from Debian's packages: a small C compiler and busybox.
+# The base image comes from Debian's packages: a C compiler and busybox.
 toolbox=$root/quickstart/toolbox
 if [ ! -e "$toolbox/index.json" ]; then
 	mkdir -p "$work/toolbox" "$toolbox"
-	mmdebstrap --quiet --variant=extract --include=busybox,tcc,libc6-dev bookworm "$work/toolbox/rootfs.tar"
+	mmdebstrap --quiet --variant=extract --include=busybox,gcc,libc6-dev bookworm "$work/toolbox/rootfs.tar"
 	printf 'FROM scratch\nADD rootfs.tar /\nRUN ["/bin/busybox", "ln", "-s", "busybox", "/bin/sh"]\n' >"$work/toolbox/Dockerfile"
 	kiln build --root "$root" --progress plain --provenance=false -o "type=oci,tar=false,dest=$toolbox" "$work/toolbox"
 fi
