@@ -175,8 +175,9 @@ func mappedTree(dir string, m *IDMap) (int, error) {
 // kernel keeps these credentials for its own work on the layers; the node's root
 // has no ID there, so that it could not create anything.
 //
-// It runs on a thread of its own, which ends with the goroutine: no other
-// goroutine ever runs with these credentials.
+// It runs on a locked thread. A thread that cannot get its own credentials back
+// stays locked, so that it ends with its goroutine and no other goroutine ever
+// runs on it.
 func mountAs(fs *filesystem, m *IDMap) (int, error) {
 	type result struct {
 		fd  int
@@ -184,10 +185,13 @@ func mountAs(fs *filesystem, m *IDMap) (int, error) {
 	}
 	done := make(chan result)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends here
-		fd, err := -1, become(m)
+		runtime.LockOSThread()
+		fd, err := -1, become(m.UID, m.GID)
 		if err == nil {
 			fd, err = fs.mount()
+		}
+		if back := become(0, 0); back == nil {
+			runtime.UnlockOSThread()
 		}
 		done <- result{fd, err}
 	}()
@@ -195,23 +199,23 @@ func mountAs(fs *filesystem, m *IDMap) (int, error) {
 	return r.fd, r.err
 }
 
-// become gives the calling thread the file system IDs of the mapped root, and
-// gives back the capabilities that the kernel takes away for it.
-func become(m *IDMap) error {
+// become gives the calling thread these file system IDs, and gives back the
+// capabilities that the kernel takes away for it.
+func become(uid, gid uint32) error {
 	// The calls report the former ID, never an error; a second one that asks
 	// for an impossible ID reports the current one.
 	const probe = -1
-	if _, err := unix.SetfsgidRetGid(int(m.GID)); err != nil {
-		return fmt.Errorf("take group ID %d: %w", m.GID, err)
+	if _, err := unix.SetfsgidRetGid(int(gid)); err != nil {
+		return fmt.Errorf("take group ID %d: %w", gid, err)
 	}
-	if gid, _ := unix.SetfsgidRetGid(probe); uint32(gid) != m.GID {
-		return fmt.Errorf("take group ID %d: refused (needs CAP_SETGID)", m.GID)
+	if now, _ := unix.SetfsgidRetGid(probe); uint32(now) != gid {
+		return fmt.Errorf("take group ID %d: refused (needs CAP_SETGID)", gid)
 	}
-	if _, err := unix.SetfsuidRetUid(int(m.UID)); err != nil {
-		return fmt.Errorf("take user ID %d: %w", m.UID, err)
+	if _, err := unix.SetfsuidRetUid(int(uid)); err != nil {
+		return fmt.Errorf("take user ID %d: %w", uid, err)
 	}
-	if uid, _ := unix.SetfsuidRetUid(probe); uint32(uid) != m.UID {
-		return fmt.Errorf("take user ID %d: refused (needs CAP_SETUID)", m.UID)
+	if now, _ := unix.SetfsuidRetUid(probe); uint32(now) != uid {
+		return fmt.Errorf("take user ID %d: refused (needs CAP_SETUID)", uid)
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var caps [2]unix.CapUserData

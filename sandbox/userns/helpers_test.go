@@ -50,11 +50,10 @@ func runcPath() string {
 
 var unique atomic.Int64
 
-func testConfig(stateDir string) Config {
-	return Config{
-		RuncPath: runcPath(), StateDir: stateDir,
-		CgroupParent: fmt.Sprintf("/kiln-test-%d", os.Getpid()),
-	}
+func testConfig(stateDir string) Config { return testConfigOf(os.Getpid(), stateDir) }
+
+func testConfigOf(pid int, stateDir string) Config {
+	return Config{RuncPath: runcPath(), StateDir: stateDir, CgroupParent: fmt.Sprintf("/kiln-test-%d", pid)}
 }
 
 // openDir returns a temporary directory that everyone can search.

@@ -222,7 +222,8 @@ func mountSysfs(netns string, back func(error)) (int, error) {
 	return fd, nil
 }
 
-// tryOverlay mounts an overlay with shifted IDs below dir, and writes to it.
+// tryOverlay mounts an overlay with shifted IDs below dir, and tells whether the kernel
+// would write to it.
 func tryOverlay(dir string, ns *os.File) (err error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return err
@@ -243,5 +244,10 @@ func tryOverlay(dir string, ns *os.File) (err error) {
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.Mkdir(filepath.Join(target, "d"), 0o755), unmount())
+	var st unix.Statfs_t
+	err = unix.Statfs(target, &st)
+	if err == nil && st.Flags&unix.ST_RDONLY != 0 {
+		err = errors.New("the overlay is read-only")
+	}
+	return errors.Join(err, unmount())
 }
