@@ -127,7 +127,7 @@ func TestExtendedAttributes(t *testing.T) {
 
 func TestSetuidProgram(t *testing.T) {
 	r := newRuntime(t)
-	step := newStep(t, "grep NoNewPrivs /proc/self/status; id -u; su root -c 'id -u'")
+	step := newStep(t, "grep NoNewPrivs /proc/self/status; id -u; /bin/su root -c 'id -u'")
 	step.Process.User = "www"
 	root := step.Root.Lower[0]
 	require.NoError(t, os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root::0:0::/:/bin/sh\nwww:x:33:34::/:/bin/sh\n"), 0o644))
