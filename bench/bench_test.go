@@ -63,6 +63,17 @@ func TestTable(t *testing.T) {
 	require.NotContains(t, out.String(), "gvisor")
 }
 
+func TestFailedPeer(t *testing.T) {
+	r := sample()
+	require.NoError(t, r.failures())
+	r.Workloads[0].Peers[0] = peerResult{Name: "kiln-userns", Error: "no"}
+	require.EqualError(t, r.failures(), "workload a with kiln-userns failed")
+	var out bytes.Buffer
+	require.NoError(t, r.print(&out))
+	require.Regexp(t, `\| failed +\| 4.00 s +\| failed +\|`, out.String())
+	require.Contains(t, string(chart(r)), ">failed<")
+}
+
 func TestPick(t *testing.T) {
 	id := func(s string) string { return s }
 	got, err := pick("-work", []string{"a", "b", "c"}, id, "c,a")

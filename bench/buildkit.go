@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"golang.org/x/sys/unix"
 )
 
 type buildkitPeer struct {
@@ -19,6 +20,7 @@ type buildkitPeer struct {
 	daemon             *exec.Cmd
 	log                bytes.Buffer
 	exited             chan error
+	mounted            string // what runsc leaves mounted, if anything
 	start              time.Duration
 }
 
@@ -47,6 +49,7 @@ func startBuildKit(gvisor bool) func(context.Context, config, string) (peer, err
 		if gvisor {
 			b.name = "buildkit-runsc"
 			runtime = filepath.Join(dir, "runsc-for-buildkit")
+			b.mounted = filepath.Join(dir, "runsc", "null-netns")
 			if err := os.WriteFile(runtime, fmt.Appendf(nil, runscWrapper, c.runsc, filepath.Join(dir, "runsc")), 0o700); err != nil {
 				return nil, err
 			}
@@ -95,6 +98,12 @@ func (b *buildkitPeer) Close() error {
 	case <-b.exited:
 	case <-time.After(30 * time.Second):
 		return errors.Join(fmt.Errorf("buildkitd (process %d) does not stop", b.daemon.Process.Pid), b.daemon.Process.Kill())
+	}
+	if b.mounted == "" {
+		return nil
+	}
+	if err := unix.Unmount(b.mounted, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount %s: %w", b.mounted, err)
 	}
 	return nil
 }

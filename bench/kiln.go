@@ -17,7 +17,7 @@ func startKiln(sandbox string) func(context.Context, config, string) (peer, erro
 		if _, err := os.Stat(c.kiln); err != nil {
 			return nil, err
 		}
-		return k, os.MkdirAll(k.root, 0o700)
+		return k, k.mkroot()
 	}
 }
 
@@ -29,8 +29,12 @@ func (k *kilnPeer) Reset(context.Context) error {
 	if err := os.RemoveAll(k.root); err != nil {
 		return err
 	}
-	return os.MkdirAll(k.root, 0o700)
+	return k.mkroot()
 }
+
+// mkroot makes the state directory searchable: steps in a user namespace get to
+// their root as nobody of the node.
+func (k *kilnPeer) mkroot() error { return os.MkdirAll(k.root, 0o711) }
 
 func (k *kilnPeer) Build(ctx context.Context, r request) (usage, error) {
 	args := []string{"build", "--root", k.root, "--sandbox", k.sandbox, "--progress", "plain", "--provenance=false"}

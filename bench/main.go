@@ -74,6 +74,9 @@ func run(ctx context.Context, c config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	if err := os.Chmod(tmp, 0o711); err != nil { // see kilnPeer.mkroot
+		return err
+	}
 
 	fmt.Fprintln(os.Stderr, "preparing inputs in", c.cache)
 	in, err := prepareInputs(ctx, c.cache, tmp)
@@ -111,7 +114,7 @@ func run(ctx context.Context, c config) (err error) {
 	if err := rep.write(c.out); err != nil {
 		return fmt.Errorf("write results: %w", err)
 	}
-	return rep.print(os.Stdout)
+	return errors.Join(rep.print(os.Stdout), rep.failures())
 }
 
 // pick selects from all by a comma-separated list; an empty list selects all.

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -29,6 +30,7 @@ type peerResult struct {
 	PeakBytes  []float64 `json:"peakBytes"`
 	Median     float64   `json:"medianSeconds"`
 	MedianPeak float64   `json:"medianPeakBytes"`
+	Error      string    `json:"error,omitempty"` // then there are no figures
 }
 
 type workResult struct {
@@ -39,7 +41,7 @@ type workResult struct {
 
 func (w workResult) median(peer string) float64 {
 	i := slices.IndexFunc(w.Peers, func(p peerResult) bool { return p.Name == peer })
-	if i < 0 {
+	if i < 0 || w.Peers[i].Error != "" {
 		return math.NaN()
 	}
 	return w.Peers[i].Median
@@ -105,10 +107,10 @@ func (r *report) print(out io.Writer) error {
 	for _, wl := range r.Workloads {
 		row := "| " + wl.About
 		for _, p := range r.Peers {
-			row += fmt.Sprintf("\t| %.2f s", wl.median(p.Name))
+			row += "\t| " + figure(wl.median(p.Name), " s")
 		}
 		for _, c := range pairs {
-			row += fmt.Sprintf("\t| %.2f×", ratio(wl.median(c[0]), wl.median(c[1])))
+			row += "\t| " + figure(ratio(wl.median(c[0]), wl.median(c[1])), "×")
 		}
 		fmt.Fprintf(w, "%s\t|\n", row)
 	}
@@ -133,6 +135,27 @@ func (r *report) print(out io.Writer) error {
 		fmt.Fprintln(out)
 	}
 	return nil
+}
+
+// figure writes a number, or that there is none because a build failed.
+func figure(v float64, unit string) string {
+	if math.IsNaN(v) {
+		return "failed"
+	}
+	return fmt.Sprintf("%.2f%s", v, unit)
+}
+
+// failures is an error that names the builds without figures.
+func (r *report) failures() error {
+	var errs []error
+	for _, w := range r.Workloads {
+		for _, p := range w.Peers {
+			if p.Error != "" {
+				errs = append(errs, fmt.Errorf("workload %s with %s failed", w.Name, p.Name))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (r *report) write(dir string) error {

@@ -48,8 +48,12 @@ func chart(r *report) []byte {
 				width = 0
 			}
 			text(10, y+12, "small", p.Name)
+			label := fmt.Sprintf("%.2f s", p.Median)
+			if p.Error != "" {
+				label = "failed"
+			}
 			fmt.Fprintf(&body, `<rect x="%d" y="%d" width="%d" height="%d" fill="%s"/>`+"\n", chartLeft, y, width, barHeight-2, palette[i%len(palette)])
-			text(chartLeft+width+6, y+12, "small", fmt.Sprintf("%.2f s", p.Median))
+			text(chartLeft+width+6, y+12, "small", label)
 			y += barHeight
 		}
 		y += groupGap - 18

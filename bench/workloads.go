@@ -76,6 +76,9 @@ func measure(ctx context.Context, w workload, peers []peer, in *inputs, registry
 	res.Peers = make([]peerResult, len(peers))
 	for run := range n + 1 { // run 0 warms up
 		for i, p := range peers {
+			if res.Peers[i].Name = p.Name(); res.Peers[i].Error != "" {
+				continue
+			}
 			if w.before != nil {
 				if err := w.before(ctx, p, dir, run); err != nil {
 					return res, fmt.Errorf("prepare %s: %w", p.Name(), err)
@@ -90,19 +93,26 @@ func measure(ctx context.Context, w workload, peers []peer, in *inputs, registry
 				r.push = registryAddr + "/" + repo + ":latest"
 			}
 			u, err := p.Build(ctx, r)
-			if err != nil {
-				return res, fmt.Errorf("%s: %w", p.Name(), err)
+			if ctx.Err() != nil {
+				return res, ctx.Err()
+			}
+			if err != nil { // the others still count
+				fmt.Fprintf(os.Stderr, "%-10s %d/%d %-15s failed: %v\n", w.name, run, n, p.Name(), err)
+				res.Peers[i].Error = err.Error()
+				continue
 			}
 			fmt.Fprintf(os.Stderr, "%-10s %d/%d %-15s %7.2f s %5d MiB\n", w.name, run, n, p.Name(), u.elapsed.Seconds(), u.peak>>20)
-			pr := &res.Peers[i]
-			pr.Name = p.Name()
-			if run > 0 {
+			if pr := &res.Peers[i]; run > 0 {
 				pr.Seconds = append(pr.Seconds, u.elapsed.Seconds())
 				pr.PeakBytes = append(pr.PeakBytes, float64(u.peak))
 			}
 		}
 	}
 	for i := range res.Peers {
+		if res.Peers[i].Error != "" {
+			res.Peers[i].Seconds, res.Peers[i].PeakBytes = nil, nil
+			continue
+		}
 		res.Peers[i].Median = median(res.Peers[i].Seconds)
 		res.Peers[i].MedianPeak = median(res.Peers[i].PeakBytes)
 	}
