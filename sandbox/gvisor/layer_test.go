@@ -129,3 +129,35 @@ func kernelUpper(t *testing.T, lower, script string) map[string]string {
 	chroot(t, merged, script)
 	return describe(t, filepath.Join(dir, "u"))
 }
+
+// TestRootAttributes checks that a step that leaves / alone leaves its attributes.
+func TestRootAttributes(t *testing.T) {
+	e := newEnv(t)
+	for _, d := range []string{e.lower, e.upper} {
+		require.NoError(t, os.Chmod(d, 0o711))
+		require.NoError(t, os.Chown(d, 7, 8))
+	}
+	require.Equal(t, "711 7:8\n", e.ok(e.step("stat -c '%a %u:%g' /; echo x >/x")))
+	var st unix.Stat_t
+	require.NoError(t, unix.Stat(e.upper, &st))
+	require.EqualValues(t, 0o40711, st.Mode)
+	require.EqualValues(t, 7, st.Uid)
+	require.EqualValues(t, 8, st.Gid)
+	require.Equal(t, "750\n", e.ok(e.step("chmod 750 /; stat -c %a /")))
+	require.NoError(t, unix.Stat(e.upper, &st))
+	require.EqualValues(t, 0o40750, st.Mode)
+}
+
+// TestManyFiles is the shape of a package installation.
+func TestManyFiles(t *testing.T) {
+	e := newEnv(t)
+	e.ok(e.step("set -e; for d in $(seq 20); do mkdir -p /pkg/$d; for f in $(seq 100); do echo $f >/pkg/$d/$f; done; done"))
+	n := 0
+	require.NoError(t, filepath.WalkDir(e.upper, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			n++
+		}
+		return err
+	}))
+	require.Equal(t, 2000, n)
+}
