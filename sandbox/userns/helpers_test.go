@@ -102,7 +102,8 @@ func node(t testing.TB) string {
 	}
 	fds, err := os.ReadDir("/proc/self/fd")
 	require.NoError(t, err)
-	cgroups := cgroupDirs(fmt.Sprintf("/kiln-test-%d", os.Getpid()))
+	cgroups, err := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup/*/kiln-test-%d", os.Getpid()))
+	require.NoError(t, err)
 	children, err := exec.Command("pgrep", "-P", fmt.Sprint(os.Getpid()), "runc").Output()
 	if err != nil && len(children) > 0 {
 		require.NoError(t, err)

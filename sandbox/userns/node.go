@@ -61,17 +61,14 @@ func (r *Runtime) recover(ctx context.Context) error {
 	}
 	for id := range ids {
 		cgroup := filepath.Join(r.cfg.CgroupParent, id)
-		killCgroup(cgroup)
+		r.runc.killCgroup(cgroup)
 		if err := r.runc.delete(ctx, id); err != nil {
 			return err
 		}
 		if err := os.RemoveAll(filepath.Join(runcDir(r.cfg), id)); err != nil {
 			return fmt.Errorf("remove state of a container: %w", err)
 		}
-		removeCgroups(cgroup)
-	}
-	if err := unmountBelow(stepsDir(r.cfg)); err != nil {
-		return err
+		r.runc.removeCgroup(cgroup)
 	}
 	for _, e := range entries {
 		if err := removeStepDir(filepath.Join(stepsDir(r.cfg), e.Name())); err != nil {
@@ -95,45 +92,53 @@ func unmountBelow(dir string) error {
 	return nil
 }
 
-// cgroupDirs returns the directories of a cgroup in all hierarchies of the node.
-func cgroupDirs(cgroup string) []string {
-	var dirs []string
-	for _, pattern := range []string{cgroupRoot, filepath.Join(cgroupRoot, "*")} {
-		// The pattern is a constant and the ID has no special characters.
-		found, _ := filepath.Glob(filepath.Join(pattern, cgroup, "cgroup.procs"))
-		for _, f := range found {
-			dirs = append(dirs, filepath.Dir(f))
-		}
-	}
-	return dirs
-}
-
 // killCgroup kills the processes of a cgroup, and waits until they are gone.
-func killCgroup(cgroup string) {
+func (r *runc) killCgroup(name string) {
 	for range 100 {
-		alive := false
-		for _, dir := range cgroupDirs(cgroup) {
-			data, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-			for _, field := range strings.Fields(string(data)) {
-				if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
-					alive = true
-					_ = unix.Kill(pid, unix.SIGKILL)
-				}
-			}
-		}
-		if !alive {
+		data, _ := os.ReadFile(filepath.Join(r.cgroup(name), "cgroup.procs"))
+		pids := strings.Fields(string(data))
+		if len(pids) == 0 {
 			return
+		}
+		for _, field := range pids {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			}
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 }
 
-// removeCgroups removes an empty cgroup from all hierarchies. One that is in use
-// stays, which is what its user wants.
-func removeCgroups(cgroup string) {
-	for _, dir := range cgroupDirs(cgroup) {
-		_ = unix.Rmdir(dir)
+// removeCgroup removes an empty cgroup. One that is in use stays, which is what
+// its user wants.
+func (r *runc) removeCgroup(name string) { _ = unix.Rmdir(r.cgroup(name)) }
+
+// share makes dir a mount whose later mounts show up in other mount namespaces.
+func share(dir string) error {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("open tree %s: %w", dir, err)
 	}
+	defer unix.Close(fd)
+	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("make mount of %s private: %w", dir, err)
+	}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("attach mount at %s: %w", dir, err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		return errors.Join(fmt.Errorf("share mount at %s: %w", dir, err), unshare(dir))
+	}
+	return nil
+}
+
+// unshare takes the mount of share away.
+func unshare(dir string) error {
+	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	return nil
 }
 
 // ownSysfs mounts sysfs for the step's network namespace and puts it into spec in

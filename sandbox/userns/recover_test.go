@@ -60,9 +60,11 @@ func TestRecoverAfterKill(t *testing.T) {
 	require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
 	require.Error(t, cmd.Wait())
 
+	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "victim/cgroup.procs"))
+	require.NoError(t, err)
 	var pids []string
-	for _, d := range cgroupDirs(filepath.Join(cfg.CgroupParent, "victim")) {
-		data, err := os.ReadFile(filepath.Join(d, "cgroup.procs"))
+	for _, p := range procs {
+		data, err := os.ReadFile(p)
 		require.NoError(t, err)
 		pids = append(pids, strings.Fields(string(data))...)
 	}
@@ -75,7 +77,7 @@ func TestRecoverAfterKill(t *testing.T) {
 		stat, _ := os.ReadFile("/proc/" + pid + "/stat")
 		require.True(t, len(stat) == 0 || strings.Contains(string(stat), ") Z "), "%s lives: %s", pid, stat)
 	}
-	require.Empty(t, cgroupDirs(filepath.Join(cfg.CgroupParent, "victim")))
+	require.NoDirExists(t, r.runc.cgroup(filepath.Join(cfg.CgroupParent, "victim")))
 	for _, d := range []string{"steps", "runc"} {
 		left, err := os.ReadDir(filepath.Join(dir, "state", d))
 		require.NoError(t, err)

@@ -83,7 +83,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 		if derr := r.runc.delete(context.WithoutCancel(ctx), step.ID); derr != nil {
 			err = errors.Join(err, derr)
 		}
-		removeCgroups(path.Join(r.cfg.CgroupParent, step.ID))
+		r.runc.removeCgroup(path.Join(r.cfg.CgroupParent, step.ID))
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
 	}
 	return res, nil
@@ -117,7 +117,7 @@ func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *
 		owned.add(stubs.Remove)
 	}
 	run.rootfs = filepath.Join(dir, "rootfs")
-	unmount, err := stepfs.Make(step.Root, run.rootfs, stepfs.Options{Suid: true, IDMap: ids.idMap()})
+	unmount, err := stepfs.Make(step.Root, run.rootfs, stepfs.Options{Suid: true, Volatile: true, IDMap: ids.idMap()})
 	if err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
@@ -130,6 +130,9 @@ func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *
 	run.noNewPrivs = !sandbox.NeedsSetuid(run.rootfs)
 	spec := sandbox.BaseSpec(step, step.Process, user, netns, run.noNewPrivs)
 	clampDefaults(spec.Process, step.Process)
+	if spec.Linux.Seccomp != nil && !runsForeign(run.rootfs) {
+		spec.Linux.Seccomp.Architectures = nil
+	}
 	spec.Root.Path = run.rootfs
 	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids.mapping(), ids.mapping()
 	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
@@ -144,7 +147,7 @@ func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *
 	}
 	for i, m := range step.Mounts {
 		source := filepath.Join(dir, fmt.Sprint("mount", i))
-		unmount, err := stepfs.Make(m.Tree, source, stepfs.Options{Readonly: m.Readonly, Subpath: m.Subpath, IDMap: ids.idMap()})
+		unmount, err := stepfs.Make(m.Tree, source, stepfs.Options{Readonly: m.Readonly, Subpath: m.Subpath, Volatile: true, IDMap: ids.idMap()})
 		if err != nil {
 			return fmt.Errorf("mount for %s: %w", m.Destination, err)
 		}

@@ -106,6 +106,17 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 			lock.Close()
 		}
 	}()
+	if err := unmountBelow(stepsDir(cfg)); err != nil {
+		return nil, err
+	}
+	if err := share(stepsDir(cfg)); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unshare(stepsDir(cfg)))
+		}
+	}()
 	rc, err := newRunc(cfg.RuncPath, runcDir(cfg))
 	if err != nil {
 		return nil, err
@@ -130,9 +141,9 @@ func (r *Runtime) Close() error {
 	if n > 0 {
 		return fmt.Errorf("close userns runtime: %d steps are still running", n)
 	}
+	r.runc.removeCgroup(r.cfg.CgroupParent)
 	r.runc.close()
-	removeCgroups(r.cfg.CgroupParent)
-	return errors.Join(r.ranges.close(), r.lock.Close())
+	return errors.Join(unshare(stepsDir(r.cfg)), r.ranges.close(), r.lock.Close())
 }
 
 func stepsDir(cfg Config) string { return filepath.Join(cfg.StateDir, "steps") }
