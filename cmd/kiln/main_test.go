@@ -1,8 +1,14 @@
 package main
 
 import (
+	"errors"
+	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,6 +35,10 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: filepath.Join("testdata", "script"),
 		Setup: func(e *testscript.Env) error {
+			// Steps of the userns sandbox run under IDs that own nothing.
+			if err := os.Chmod(filepath.Dir(e.WorkDir), 0o755); err != nil {
+				return err
+			}
 			busybox, err := os.ReadFile("/bin/busybox")
 			if err != nil {
 				return err
@@ -39,9 +49,36 @@ func TestScripts(t *testing.T) {
 			e.Setenv("KILN_RUNC", filepath.Join(bin, "runc"))
 			e.Setenv("KILN_RUNSC", filepath.Join(bin, "runsc"))
 			e.Setenv("DOCKER_CONFIG", filepath.Join(e.WorkDir, "docker"))
+			registry, err := freeAddress()
+			if err != nil {
+				return err
+			}
+			e.Setenv("REGISTRY", registry)
+			e.Defer(func() { endRegistry(t, e.WorkDir) })
 			e.Setenv("root", filepath.Join(e.WorkDir, "root"))
 			return nil
 		},
 		Deadline: time.Now().Add(scriptTimeout),
 	})
+}
+
+// freeAddress returns a loopback address that nothing listens on.
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// endRegistry ends the registry that a script started, if it did.
+func endRegistry(t *testing.T, work string) {
+	data, err := os.ReadFile(filepath.Join(work, "registry.pid"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	require.NoError(t, err)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	require.NoError(t, err)
+	require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
 }

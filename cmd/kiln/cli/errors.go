@@ -82,6 +82,8 @@ func message(err error) string {
 	return strings.TrimRight(s, "\n")
 }
 
+const noEntitlements = "Entitlements do not exist in kiln: no step runs privileged or in the node's network. Remove --security or --network=host from the Dockerfile."
+
 // advice maps what an error says to what to do about it.
 var advice = []struct{ part, advice string }{
 	{"no space left on device", "The disk is full. Run 'kiln du' to see what takes space and 'kiln prune' to free it."},
@@ -92,7 +94,10 @@ var advice = []struct{ part, advice string }{
 	{"connection refused", "Nothing listens at that address. Check its name and port."},
 	{"no such host", "The name cannot be resolved. Check its spelling and this machine's DNS."},
 	{"server gave HTTP response to HTTPS client", "The registry speaks plain HTTP, which is accepted on loopback addresses only."},
-	{"entitlement", "Entitlements do not exist in kiln: no step runs privileged or in the node's network. Remove --security or --network=host from the Dockerfile."},
+	{"failed to calculate checksum of ref", "The file is not in the build context, or .dockerignore leaves it out."},
+	{"security.insecure is not allowed", noEntitlements},
+	{"network.host is not allowed", noEntitlements},
+	{"entitlement", noEntitlements},
 	{"unsupported frontend capability", "The front end that the Dockerfile's syntax line names is too old for --build-context. Remove that line to use the built-in one."},
 }
 

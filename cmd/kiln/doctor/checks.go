@@ -24,25 +24,27 @@ import (
 const minFree = 2 << 30
 
 var (
-	all    = sandbox.Classes
-	gvisor = []sandbox.Class{sandbox.GVisor}
-	userns = []sandbox.Class{sandbox.Userns}
+	all        = sandbox.Classes
+	gvisorOnly = []sandbox.Class{sandbox.GVisor}
+	usernsOnly = []sandbox.Class{sandbox.Userns}
 )
 
 // Checks returns the checks of a machine, in the order to read them.
 func Checks(cfg Config) []Check {
 	return []Check{
 		{"privileges", all, privileges},
-		{"kernel", userns, kernel},
+		{"kernel", usernsOnly, kernel},
 		{"state directory", all, func(context.Context) (string, error) { return stateDir(cfg.Root) }},
 		{"free disk", nil, func(context.Context) (string, error) { return freeDisk(cfg.Root) }},
 		{"state lock", nil, func(context.Context) (string, error) { return lockHolder(cfg.Root) }},
 		{"overlayfs", all, func(context.Context) (string, error) { return overlay(cfg.Root) }},
-		{"user namespaces", userns, userNamespaces},
-		{"idmapped mounts", userns, func(context.Context) (string, error) { return idmapped(cfg.Root) }},
-		{"runc", userns, func(ctx context.Context) (string, error) { return tool(ctx, "runc", cfg.RuncPath) }},
-		{"runsc", gvisor, func(ctx context.Context) (string, error) { return tool(ctx, "runsc", cfg.RunscPath) }},
-		{"gVisor systrap", gvisor, func(ctx context.Context) (string, error) { return systrap(ctx, cfg.RunscPath) }},
+		{"user namespaces", usernsOnly, userNamespaces},
+		{"idmapped mounts", usernsOnly, func(context.Context) (string, error) { return idmapped(cfg.Root) }},
+		{"steps reachable", usernsOnly, func(context.Context) (string, error) { return reachable(stepsDir) }},
+		{"runc", usernsOnly, func(ctx context.Context) (string, error) { return tool(ctx, "runc", cfg.RuncPath) }},
+		{"userns steps", usernsOnly, func(ctx context.Context) (string, error) { return usernsSteps(ctx, cfg) }},
+		{"runsc", gvisorOnly, func(ctx context.Context) (string, error) { return tool(ctx, "runsc", cfg.RunscPath) }},
+		{"gVisor systrap", gvisorOnly, func(ctx context.Context) (string, error) { return systrap(ctx, cfg.RunscPath) }},
 		{"cgroups", nil, cgroups},
 		{"egress network", nil, egress},
 	}
@@ -78,10 +80,10 @@ func privileges(context.Context) (string, error) {
 	return "root with the capabilities that are needed", nil
 }
 
-// idmapKernel is the first kernel that has idmapped overlay layers.
+// idmapMajor.idmapMinor is the first Linux with all that the userns sandbox uses.
 const (
-	idmapMajor = 5
-	idmapMinor = 19
+	idmapMajor = 6
+	idmapMinor = 13
 )
 
 func kernel(context.Context) (string, error) {
@@ -90,16 +92,16 @@ func kernel(context.Context) (string, error) {
 		return "", problem("this should not happen on Linux.", "uname: %w", err)
 	}
 	release := unix.ByteSliceToString(u.Release[:])
-	major, minor := release2(release)
+	major, minor := releaseNumbers(release)
 	if major < idmapMajor || major == idmapMajor && minor < idmapMinor {
 		return "", problem("use a newer kernel, or the gvisor sandbox.", "Linux %s is older than %d.%d", release, idmapMajor, idmapMinor)
 	}
 	return "Linux " + release, nil
 }
 
-// release2 returns the first two numbers of a kernel release, 0 where there is
+// releaseNumbers returns the first two numbers of a kernel release, 0 where there is
 // none.
-func release2(s string) (major, minor int) {
+func releaseNumbers(s string) (major, minor int) {
 	parts := strings.SplitN(s, ".", 3)
 	major, _ = strconv.Atoi(parts[0])
 	if len(parts) > 1 {
@@ -156,6 +158,30 @@ func stateDir(root string) (string, error) {
 		return root + " will be made", nil
 	}
 	return root, nil
+}
+
+// stepsDir is where the roots of steps in user namespaces are mounted.
+const stepsDir = "/run/kiln/steps"
+
+// reachable tells whether steps of the userns sandbox, whose IDs own nothing, can
+// pass through path.
+func reachable(path string) (string, error) {
+	dir, err := existing(path)
+	if err != nil {
+		return "", problem("make "+path+" a directory.", "%w", err)
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		st, err := os.Stat(d)
+		if err != nil {
+			return "", problem("make "+path+" a directory that can be read.", "%w", err)
+		}
+		if st.Mode().Perm()&0o001 == 0 {
+			return "", problem("chmod o+x "+d+".", "%s is not searchable for everyone (mode %#o)", d, st.Mode().Perm())
+		}
+		if d == "/" {
+			return dir + " can be searched", nil
+		}
+	}
 }
 
 func freeDisk(root string) (string, error) {

@@ -14,6 +14,10 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/gvisor"
+	"github.com/kiln-build/kiln/sandbox/userns"
 )
 
 // overlay mounts an overlay on the file system of root.
@@ -112,11 +116,40 @@ func idmapped(root string) (string, error) {
 	return "work below " + filepath.Dir(dir), nil
 }
 
+// unavailable turns what a runtime lacks into a problem.
+func unavailable(err error) error {
+	var ua *sandbox.UnavailableError
+	if !errors.As(err, &ua) {
+		return err
+	}
+	cause := "missing " + ua.Missing
+	if ua.Err != nil {
+		return problem(ua.Fix, "%s: %w", cause, ua.Err)
+	}
+	return problem(ua.Fix, "%s", cause)
+}
+
+// usernsSteps asks the userns runtime itself.
+func usernsSteps(ctx context.Context, cfg Config) (string, error) {
+	dir, remove, err := scratch(cfg.Root)
+	if err != nil {
+		return "", problem("choose a directory that can be written with --root.", "%w", err)
+	}
+	defer remove()
+	if err := userns.Check(ctx, userns.Config{RuncPath: cfg.RuncPath, StateDir: dir}); err != nil {
+		return "", unavailable(err)
+	}
+	return "overlays of idmapped mounts work", nil
+}
+
 // systrap runs a program in gVisor.
 func systrap(ctx context.Context, runsc string) (_ string, err error) {
 	const fix = "gVisor's systrap platform needs seccomp and ptrace: run as root, and unconfined by seccomp and AppArmor; or use the userns sandbox."
 	if runsc == "" {
 		return "", problem("install runsc first.", "there is no runsc")
+	}
+	if err := gvisor.Check(ctx, gvisor.Config{RunscPath: runsc}); err != nil {
+		return "", unavailable(err)
 	}
 	dir, err := os.MkdirTemp("", "kiln-doctor-")
 	if err != nil {
