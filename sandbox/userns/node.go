@@ -1,11 +1,13 @@
 package userns
 
 import (
-	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -43,39 +45,28 @@ func removeStepDir(dir string) error {
 	return nil
 }
 
-// recover removes what a killed process left in the state directory.
-func (r *Runtime) recover(ctx context.Context) error {
-	entries, err := os.ReadDir(stepsDir(r.cfg))
-	if err != nil {
-		return fmt.Errorf("read state directory: %w", err)
-	}
-	containers, err := os.ReadDir(runcDir(r.cfg))
-	if err != nil {
-		return fmt.Errorf("read state directory: %w", err)
-	}
-	ids := map[string]bool{}
-	for _, e := range append(entries, containers...) {
-		if sandbox.ValidID(e.Name()) {
-			ids[e.Name()] = true
-		}
-	}
-	for id := range ids {
-		cgroup := filepath.Join(r.cfg.CgroupParent, id)
-		r.runc.killCgroup(cgroup)
-		if err := r.runc.delete(ctx, id); err != nil {
-			return err
-		}
-		if err := os.RemoveAll(filepath.Join(runcDir(r.cfg), id)); err != nil {
-			return fmt.Errorf("remove state of a container: %w", err)
-		}
-		r.runc.removeCgroup(cgroup)
+// recover removes what a killed process left in the state directory: its mounts,
+// and by that its files, and its steps with their cgroups.
+func (r *Runtime) recover() error {
+	entries, err := os.ReadDir(r.runc.cgroup(r.cgroupParent()))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read cgroups of former steps: %w", err)
 	}
 	for _, e := range entries {
-		if err := removeStepDir(filepath.Join(stepsDir(r.cfg), e.Name())); err != nil {
-			return err
+		if e.IsDir() && sandbox.ValidID(e.Name()) {
+			cgroup := path.Join(r.cgroupParent(), e.Name())
+			r.runc.killCgroup(cgroup)
+			r.runc.removeCgroup(cgroup)
 		}
 	}
 	return nil
+}
+
+// cgroupParent is the cgroup of the steps of this runtime. Its name comes from the
+// state directory, so that the next runtime with it finds them.
+func (r *Runtime) cgroupParent() string {
+	sum := sha256.Sum256([]byte(r.cfg.StateDir))
+	return path.Join(r.cfg.CgroupParent, hex.EncodeToString(sum[:6]))
 }
 
 // unmountBelow takes away every mount below dir, the last made first.
@@ -113,28 +104,39 @@ func (r *runc) killCgroup(name string) {
 // its user wants.
 func (r *runc) removeCgroup(name string) { _ = unix.Rmdir(r.cgroup(name)) }
 
-// share makes dir a mount whose later mounts show up in other mount namespaces.
-func share(dir string) error {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+// mountState mounts an in-memory file system at dir whose later mounts show up in
+// other mount namespaces. The files of a step are many and short-lived, which disks
+// are slow at.
+func mountState(dir string) error {
+	fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return fmt.Errorf("open tree %s: %w", dir, err)
+		return fmt.Errorf("open tmpfs: %w", err)
+	}
+	defer unix.Close(fs)
+	for _, o := range [][2]string{{"mode", "0711"}, {"size", "128m"}} {
+		if err := unix.FsconfigSetString(fs, o[0], o[1]); err != nil {
+			return fmt.Errorf("set %s of tmpfs: %w", o[0], err)
+		}
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return fmt.Errorf("make tmpfs: %w", err)
+	}
+	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return fmt.Errorf("mount tmpfs: %w", err)
 	}
 	defer unix.Close(fd)
-	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
-	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		return fmt.Errorf("make mount of %s private: %w", dir, err)
-	}
 	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("attach mount at %s: %w", dir, err)
+		return fmt.Errorf("attach tmpfs at %s: %w", dir, err)
 	}
 	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
-		return errors.Join(fmt.Errorf("share mount at %s: %w", dir, err), unshare(dir))
+		return errors.Join(fmt.Errorf("share mount at %s: %w", dir, err), unmountState(dir))
 	}
 	return nil
 }
 
-// unshare takes the mount of share away.
-func unshare(dir string) error {
+// unmountState takes the mount of mountState away, and its files with it.
+func unmountState(dir string) error {
 	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount %s: %w", dir, err)
 	}

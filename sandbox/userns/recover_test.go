@@ -60,7 +60,7 @@ func TestRecoverAfterKill(t *testing.T) {
 	require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
 	require.Error(t, cmd.Wait())
 
-	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "victim/cgroup.procs"))
+	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/victim/cgroup.procs"))
 	require.NoError(t, err)
 	var pids []string
 	for _, p := range procs {
@@ -77,9 +77,9 @@ func TestRecoverAfterKill(t *testing.T) {
 		stat, _ := os.ReadFile("/proc/" + pid + "/stat")
 		require.True(t, len(stat) == 0 || strings.Contains(string(stat), ") Z "), "%s lives: %s", pid, stat)
 	}
-	require.NoDirExists(t, r.runc.cgroup(filepath.Join(cfg.CgroupParent, "victim")))
+	require.NoDirExists(t, r.runc.cgroup(filepath.Join(r.cgroupParent(), "victim")))
 	for _, d := range []string{"steps", "runc"} {
-		left, err := os.ReadDir(filepath.Join(dir, "state", d))
+		left, err := os.ReadDir(filepath.Join(dir, "state/run", d))
 		require.NoError(t, err)
 		require.Empty(t, left)
 	}

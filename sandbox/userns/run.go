@@ -83,7 +83,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 		if derr := r.runc.delete(context.WithoutCancel(ctx), step.ID); derr != nil {
 			err = errors.Join(err, derr)
 		}
-		r.runc.removeCgroup(path.Join(r.cfg.CgroupParent, step.ID))
+		r.runc.removeCgroup(path.Join(r.cgroupParent(), step.ID))
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
 	}
 	return res, nil
@@ -136,7 +136,7 @@ func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *
 	spec.Root.Path = run.rootfs
 	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids.mapping(), ids.mapping()
 	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-	spec.Linux.CgroupsPath = path.Join(r.cfg.CgroupParent, step.ID)
+	spec.Linux.CgroupsPath = path.Join(r.cgroupParent(), step.ID)
 	if netns != "" {
 		if err := ownSysfs(owned, spec, dir, netns); err != nil {
 			return err

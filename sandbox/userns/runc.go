@@ -153,7 +153,7 @@ func (r *runc) command(dir, logFile string, args ...string) *exec.Cmd {
 	return &exec.Cmd{
 		Path: r.path(), Args: append(argv, args...), Dir: dir,
 		// Nothing of the agent's environment reaches runc.
-		Env:         []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "GOMAXPROCS=2", "GOGC=off"},
+		Env:         []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "GOMAXPROCS=2"},
 		SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL},
 	}
 }

@@ -86,12 +86,10 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("state directory %q is not absolute", cfg.StateDir)
 	}
-	for _, dir := range []string{cfg.StateDir, stepsDir(cfg), runcDir(cfg)} {
-		if err := os.MkdirAll(dir, 0o711); err != nil {
-			return nil, fmt.Errorf("make state directory: %w", err)
-		}
+	if err := os.MkdirAll(memDir(cfg), 0o711); err != nil {
+		return nil, fmt.Errorf("make state directory: %w", err)
 	}
-	if err := searchable(stepsDir(cfg)); err != nil {
+	if err := searchable(memDir(cfg)); err != nil {
 		return nil, err
 	}
 	lock, err := lockFile(filepath.Join(cfg.StateDir, "lock"))
@@ -106,24 +104,29 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 			lock.Close()
 		}
 	}()
-	if err := unmountBelow(stepsDir(cfg)); err != nil {
-		return nil, err
+	if err := unmountBelow(memDir(cfg)); err != nil {
+		return nil, fmt.Errorf("clean up after a former process: %w", err)
 	}
-	if err := share(stepsDir(cfg)); err != nil {
+	if err := mountState(memDir(cfg)); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, unshare(stepsDir(cfg)))
+			err = errors.Join(err, unmountState(memDir(cfg)))
 		}
 	}()
+	for _, dir := range []string{stepsDir(cfg), runcDir(cfg)} {
+		if err := os.Mkdir(dir, 0o711); err != nil {
+			return nil, fmt.Errorf("make state directory: %w", err)
+		}
+	}
 	rc, err := newRunc(cfg.RuncPath, runcDir(cfg))
 	if err != nil {
 		return nil, err
 	}
 	r := &Runtime{cfg: cfg, lock: lock, runc: rc, running: map[string]*running{}}
 	r.ranges = newRanges(cfg.UIDRangeDir, rc)
-	if err := r.recover(ctx); err != nil {
+	if err := r.recover(); err != nil {
 		rc.close()
 		return nil, fmt.Errorf("clean up after a former process: %w", err)
 	}
@@ -141,13 +144,16 @@ func (r *Runtime) Close() error {
 	if n > 0 {
 		return fmt.Errorf("close userns runtime: %d steps are still running", n)
 	}
+	r.runc.removeCgroup(r.cgroupParent())
 	r.runc.removeCgroup(r.cfg.CgroupParent)
 	r.runc.close()
-	return errors.Join(unshare(stepsDir(r.cfg)), r.ranges.close(), r.lock.Close())
+	return errors.Join(unmountState(memDir(r.cfg)), r.ranges.close(), r.lock.Close())
 }
 
-func stepsDir(cfg Config) string { return filepath.Join(cfg.StateDir, "steps") }
-func runcDir(cfg Config) string  { return filepath.Join(cfg.StateDir, "runc") }
+// memDir holds everything that lives as long as a step.
+func memDir(cfg Config) string   { return filepath.Join(cfg.StateDir, "run") }
+func stepsDir(cfg Config) string { return filepath.Join(memDir(cfg), "steps") }
+func runcDir(cfg Config) string  { return filepath.Join(memDir(cfg), "runc") }
 
 // searchable refuses a directory that a process with unknown IDs cannot reach.
 func searchable(dir string) error {

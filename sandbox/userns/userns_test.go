@@ -229,7 +229,7 @@ func TestCancelKillsEverything(t *testing.T) {
 		timer.Stop()
 		require.ErrorIs(t, err, cause)
 		require.Less(t, took, 1500*time.Millisecond, "after %v", after)
-		require.NoDirExists(t, r.runc.cgroup(filepath.Join(r.cfg.CgroupParent, step.ID)))
+		require.NoDirExists(t, r.runc.cgroup(filepath.Join(r.cgroupParent(), step.ID)))
 	}
 }
 
@@ -276,7 +276,7 @@ func TestExecAndRanges(t *testing.T) {
 	require.GreaterOrEqual(t, hostID(a), fmt.Sprint(FirstID))
 
 	// What runs in the cgroup has IDs of the range on the node.
-	procs, err := os.ReadFile(filepath.Join(r.runc.cgroup(filepath.Join(r.cfg.CgroupParent, a.step.ID)), "cgroup.procs"))
+	procs, err := os.ReadFile(filepath.Join(r.runc.cgroup(filepath.Join(r.cgroupParent(), a.step.ID)), "cgroup.procs"))
 	require.NoError(t, err)
 	var st unix.Stat_t
 	require.NoError(t, unix.Stat("/proc/"+strings.Fields(string(procs))[0], &st))
