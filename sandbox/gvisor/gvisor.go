@@ -75,10 +75,14 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 			return nil, fmt.Errorf("gvisor: make state directory: %w", err)
 		}
 	}
+	// The kernel names places without symlinks; so must we, to know them again.
+	if r.cfg.StateDir, err = filepath.EvalSymlinks(cfg.StateDir); err != nil {
+		return nil, fmt.Errorf("gvisor: find state directory: %w", err)
+	}
 	if err := r.recover(ctx); err != nil {
 		return nil, fmt.Errorf("gvisor: clean up after an earlier process: %w", err)
 	}
-	if r.pause, err = writePause(cfg.StateDir); err != nil {
+	if r.pause, err = writePause(r.cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("gvisor: %w", err)
 	}
 	return r, nil

@@ -43,12 +43,25 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	}
 	res, err := s.runProcess(ctx, started)
 	if err != nil {
-		return nil, err
+		return nil, s.explain(ctx, err)
 	}
 	if err := s.collect(ctx); err != nil {
-		return nil, err
+		return nil, s.explain(ctx, err)
 	}
 	return res, nil
+}
+
+// explain says so when err comes from the end of the sandbox.
+func (s *stepRun) explain(ctx context.Context, err error) error {
+	select {
+	case <-s.exited:
+	case <-ctx.Done():
+		return err
+	case <-time.After(100 * time.Millisecond):
+		return err
+	}
+	return fmt.Errorf("the sandbox ended before what the step wrote was collected; "+
+		"a step must not kill process 1, nor use more memory than its limit: %w", err)
 }
 
 // stepRun is one step on its way through Run.

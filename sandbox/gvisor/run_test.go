@@ -28,6 +28,9 @@ func TestHowAProcessEnds(t *testing.T) {
 	step.Process.Args = []string{"/no/such/program"}
 	_, err := e.r.Run(context.Background(), step, nil)
 	require.ErrorContains(t, err, "/no/such/program")
+
+	_, err = e.r.Run(context.Background(), e.step("kill -9 1; sleep 1"), nil)
+	require.ErrorContains(t, err, "must not kill process 1")
 }
 
 func TestStreamsAndSignals(t *testing.T) {
@@ -111,6 +114,25 @@ touch /scratch2/x; echo hidden >/tmp/hidden`)
 	entries, err := os.ReadDir(e.upper)
 	require.NoError(t, err)
 	require.Empty(t, entries)
+}
+
+// TestDanglingMountPoint has the links that distributions have.
+func TestDanglingMountPoint(t *testing.T) {
+	e := newEnv(t)
+	require.NoError(t, os.Symlink("../run/resolve/stub.conf", e.lower+"/etc/resolv.conf"))
+	require.NoError(t, os.Symlink("/loop", e.lower+"/loop"))
+	require.NoError(t, os.Symlink("/../../../../../opt", e.lower+"/up"))
+	step := e.step("cat /etc/resolv.conf; readlink /etc/resolv.conf; echo x >/up/cache/x")
+	dir := t.TempDir()
+	step.Mounts = []sandbox.Mount{{Destination: "/up/cache", Tree: sandbox.Tree{Dir: dir}}}
+	require.Equal(t, "../run/resolve/stub.conf\n", e.ok(step))
+	require.FileExists(t, dir+"/x")
+	entries, err := os.ReadDir(e.upper)
+	require.NoError(t, err)
+	require.Empty(t, entries)
+	step.Mounts[0].Destination = "/loop/x"
+	_, err = e.r.Run(context.Background(), step, nil)
+	require.Error(t, err)
 }
 
 func TestReadonlyAndPlainRoots(t *testing.T) {

@@ -2,7 +2,6 @@ package gvisor
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	pathrs "github.com/cyphar/filepath-securejoin/pathrs-lite"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -59,78 +57,6 @@ func (s *stepRun) prepareMounts(nameservers []netip.Addr) ([]specs.Mount, error)
 		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: target, Options: []string{"rbind", mode}})
 	}
 	return mounts, nil
-}
-
-// makeMountPoints makes what the view of the root lacks of the mounts'
-// destinations. They are on the scratch layer of the view, never in the step's.
-func makeMountPoints(rootfs string, mounts []specs.Mount) error {
-	for _, m := range mounts {
-		file := false
-		if m.Type == "bind" {
-			st, err := os.Lstat(m.Source)
-			if err != nil {
-				return err
-			}
-			file = !st.IsDir()
-		}
-		if err := makeMountPoint(rootfs, m.Destination, file); err != nil {
-			return fmt.Errorf("make mount point %s: %w", m.Destination, err)
-		}
-	}
-	return nil
-}
-
-func makeMountPoint(rootfs, dest string, file bool) error {
-	parts := strings.Split(strings.Trim(path.Clean("/"+dest), "/"), "/")
-	parent := "/"
-	for i, name := range parts {
-		p := path.Join(parent, name)
-		h, err := pathrs.OpenInRoot(rootfs, p)
-		if err == nil {
-			h.Close()
-			parent = p
-			continue
-		}
-		if !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-		if err := makeEntry(rootfs, parent, name, file && i == len(parts)-1); err != nil {
-			return err
-		}
-		parent = p
-	}
-	return nil
-}
-
-// makeEntry makes one directory or file and restores the times of the directory
-// around it.
-func makeEntry(rootfs, parent, name string, file bool) error {
-	h, err := pathrs.OpenInRoot(rootfs, parent)
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	dir, err := pathrs.Reopen(h, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
-		return err
-	}
-	if file {
-		var fd int
-		if fd, err = unix.Openat(int(dir.Fd()), name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o644); err == nil {
-			err = unix.Close(fd)
-		}
-	} else {
-		err = unix.Mkdirat(int(dir.Fd()), name, 0o755)
-	}
-	if err != nil {
-		return &os.PathError{Op: "make", Path: path.Join(parent, name), Err: err}
-	}
-	return unix.UtimesNanoAt(int(dir.Fd()), "", []unix.Timespec{st.Atim, st.Mtim}, unix.AT_EMPTY_PATH)
 }
 
 // writeSpec writes the bundle of the sandbox. Its first process is the pause

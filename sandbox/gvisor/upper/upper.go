@@ -10,6 +10,7 @@ package upper
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -88,6 +89,7 @@ type applier struct {
 	// whiteouts are those of them that hide something; the sandbox links them to
 	// each other.
 	whiteouts map[string]bool
+	buf       []byte
 }
 
 func (a *applier) close() {
@@ -257,8 +259,7 @@ func (a *applier) file(dir int, base string, h *tar.Header, content io.Reader) e
 	f := os.NewFile(uintptr(fd), base)
 	defer f.Close()
 	if h.Size > 0 {
-		// The reader tells when the stream ends within the file.
-		if _, err := io.Copy(f, content); err != nil {
+		if err := a.copySparse(f, content, h.Size); err != nil {
 			return err
 		}
 	}
@@ -284,6 +285,32 @@ func (a *applier) whiteout(dir int, base, name string) error {
 	}
 	return nil
 }
+
+// copySparse writes a file's content with holes where it is all zeros, so that a
+// sparse file of the step does not fill the node's disk.
+func (a *applier) copySparse(f *os.File, content io.Reader, size int64) error {
+	if a.buf == nil {
+		a.buf = make([]byte, len(zeros))
+	}
+	for off := int64(0); off < size; {
+		n := min(size-off, int64(len(a.buf)))
+		// The reader tells when the stream ends within the file.
+		if _, err := io.ReadFull(content, a.buf[:n]); err != nil {
+			return err
+		}
+		if !bytes.Equal(a.buf[:n], zeros[:n]) {
+			if _, err := f.WriteAt(a.buf[:n], off); err != nil {
+				return err
+			}
+		} else if off+n == size {
+			return f.Truncate(size)
+		}
+		off += n
+	}
+	return nil
+}
+
+var zeros [128 << 10]byte
 
 func (a *applier) link(dir int, base, name string, h *tar.Header) error {
 	target, err := cleanName(h.Linkname)

@@ -192,6 +192,20 @@ func TestTruncatedAndDeep(t *testing.T) {
 	require.ErrorIs(t, Apply(ctx, d.upper, bytes.NewReader(data), Options{}), context.Canceled)
 }
 
+func TestSparse(t *testing.T) {
+	d := newDirs(t)
+	content := strings.Repeat("\x00", 4<<20) + "middle" + strings.Repeat("\x00", 4<<20)
+	require.NoError(t, d.apply(t, dirEntry("./"), fileEntry("./s", content), fileEntry("./z", strings.Repeat("\x00", 1<<20))))
+	data, err := os.ReadFile(d.upper + "/s")
+	require.NoError(t, err)
+	require.True(t, string(data) == content)
+	var st unix.Stat_t
+	require.NoError(t, unix.Stat(d.upper+"/s", &st))
+	require.Less(t, st.Blocks*512, int64(1<<20))
+	require.NoError(t, unix.Stat(d.upper+"/z", &st))
+	require.EqualValues(t, 1<<20, st.Size)
+}
+
 // FuzzApply feeds streams and checks that the directory beside stays as it was.
 func FuzzApply(f *testing.F) {
 	f.Add(stream(f, dirEntry("./"), dirEntry("./a/", opaqueXattr, "y"), fileEntry("./a/b", "x"), linkEntry(tar.TypeLink, "./c", "./a/b"), whiteoutEntry("./w")))
