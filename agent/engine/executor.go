@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/gvisor"
@@ -57,16 +59,46 @@ func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
 			return nil, fmt.Errorf("prepare networks: %w", err)
 		}
 	}
-	state := filepath.Join(e.cfg.Root, "steps", string(e.cfg.Sandbox))
+	state := StepsDir(e.cfg.Root, e.cfg.Sandbox)
 	switch e.cfg.Sandbox {
 	case sandbox.GVisor:
 		e.runtime, err = asRuntime(gvisor.New(ctx, gvisor.Config{RunscPath: e.cfg.RunscPath, StateDir: state, Networks: e.networks}))
 	case sandbox.Userns:
+		if err = makeSearchable(runDir); err != nil {
+			return nil, err
+		}
 		e.runtime, err = asRuntime(userns.New(ctx, userns.Config{RuncPath: e.cfg.RuncPath, StateDir: state, Networks: e.networks}))
 	default:
 		_, err = sandbox.ParseClass(string(e.cfg.Sandbox))
 	}
 	return e.runtime, err
+}
+
+// runDir holds what concerns running processes of kiln only.
+const runDir = "/run/kiln"
+
+// makeSearchable lets steps pass through dir, but not list it.
+func makeSearchable(dir string) error {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("make run directory: %w", err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return fmt.Errorf("make run directory searchable: %w", err)
+	}
+	return nil
+}
+
+// StepsDir returns where an engine with the given state directory keeps what its
+// running steps in sandboxes of class use.
+//
+// The roots of steps in user namespaces are mounted in a place of their own: such
+// a step is nobody on the node and could not pass through a state directory that
+// is root's alone. gVisor's files hold what steps write and stay on disk.
+func StepsDir(root string, class sandbox.Class) string {
+	if class == sandbox.Userns {
+		return filepath.Join(runDir, "steps", digest.FromString(root).Encoded()[:16])
+	}
+	return filepath.Join(root, "steps")
 }
 
 // asRuntime keeps a nil pointer from becoming a runtime that is not nil.
@@ -136,10 +168,13 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 		})
 	}
 	res, err := rt.Run(ctx, step, start)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = exitError(ctx, res, process.Meta.ValidExitCodes)
 	}
-	return nil, exitError(ctx, res, process.Meta.ValidExitCodes)
+	if err != nil {
+		err = errors.Join(err, discardWhenFull(step.Root))
+	}
+	return nil, err
 }
 
 // Exec implements executor.Executor.
