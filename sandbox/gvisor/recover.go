@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sort"
@@ -141,12 +140,10 @@ func unmountBelow(dir string) error {
 }
 
 // releaseShared takes away the network namespace that runsc keeps for the file
-// servers of all sandboxes.
+// servers of all sandboxes. Sandboxes that start together mount it more than once.
 func (r *Runtime) releaseShared() error {
-	name := filepath.Join(r.sharedDir(), "null-netns")
-	err := unix.Unmount(name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("unmount %s: %w", name, err)
+	if err := unmountBelow(r.sharedDir()); err != nil {
+		return err
 	}
 	return os.RemoveAll(r.sharedDir())
 }
