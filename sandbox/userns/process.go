@@ -22,14 +22,17 @@ const (
 	// startGrace is how long a cancelled start may go on: a process that is up
 	// can be killed cleanly, and a start takes a few hundredths of a second.
 	startGrace = 400 * time.Millisecond
+	// startPoll is how often a starting step is looked at.
+	startPoll = 2 * time.Millisecond
 	// outputGrace is how long output may be read after the process has ended.
 	outputGrace = 5 * time.Second
 )
 
 // supervise runs one runc command that runs p in the foreground, and returns how
 // p ended. dir is the step's directory; name tells the command's files in it
-// from those of others. args are completed with the socket for the process.
-func (r *Runtime) supervise(ctx context.Context, dir, name string, p sandbox.Process, started func(), args ...string) (_ *sandbox.Result, err error) {
+// from those of others. args are completed with the socket for the process. If
+// up is not nil, started is called once as soon as up says that the process runs.
+func (r *Runtime) supervise(ctx context.Context, dir, name string, p sandbox.Process, up func() bool, started func(), args ...string) (_ *sandbox.Result, err error) {
 	sock, err := listen(dir, name+".sock")
 	if err != nil {
 		return nil, err
@@ -70,6 +73,13 @@ func (r *Runtime) supervise(ctx context.Context, dir, name string, p sandbox.Pro
 			unix.Close(pidfd)
 		}
 	}()
+	var poll *time.Ticker
+	var tick <-chan time.Time
+	defer func() {
+		if poll != nil {
+			poll.Stop()
+		}
+	}()
 	cancelled := ctx.Done()
 	var giveUp <-chan time.Time
 	var waitErr error
@@ -80,7 +90,14 @@ func (r *Runtime) supervise(ctx context.Context, dir, name string, p sandbox.Pro
 		case pidfd = <-pidfds:
 			if ctx.Err() != nil {
 				_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
-			} else if started != nil {
+			} else if up != nil {
+				poll = time.NewTicker(startPoll)
+				tick = poll.C
+			}
+		case <-tick:
+			if up() {
+				poll.Stop()
+				tick = nil
 				started()
 			}
 		case s := <-p.Signal:
@@ -110,6 +127,9 @@ func (r *Runtime) supervise(ctx context.Context, dir, name string, p sandbox.Pro
 	}
 	if err := logError(logFile); err != nil {
 		return nil, fmt.Errorf("runc: %w", err)
+	}
+	if tick != nil {
+		started() // it was over before it was seen
 	}
 	var exit *exec.ExitError
 	switch {

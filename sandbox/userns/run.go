@@ -77,7 +77,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 			started()
 		}
 	}
-	res, err = r.supervise(ctx, dir, "init", step.Process, ready, "run", "--bundle", dir, step.ID)
+	res, err = r.supervise(ctx, dir, "init", step.Process, func() bool { return r.runc.executes(step.ID) }, ready, "run", "--bundle", dir, step.ID)
 	if err != nil {
 		// runc removes the container when it ends by itself only.
 		if derr := r.runc.delete(context.WithoutCancel(ctx), step.ID); derr != nil {
@@ -216,7 +216,7 @@ func (r *Runtime) Exec(ctx context.Context, stepID string, process sandbox.Proce
 	if err := writeJSON(file, spec); err != nil {
 		return nil, err
 	}
-	res, err := r.supervise(ctx, dir, "exec", process, nil, "exec", "--process", file, stepID)
+	res, err := r.supervise(ctx, dir, "exec", process, nil, nil, "exec", "--process", file, stepID)
 	if err != nil {
 		if strings.Contains(err.Error(), "container not running") || strings.Contains(err.Error(), "does not exist") {
 			err = sandbox.ErrNotRunning

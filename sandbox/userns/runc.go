@@ -165,6 +165,14 @@ func (r *runc) start(cmd *exec.Cmd) error {
 	return <-result
 }
 
+// executes reports whether the container has got to run its program: runc then
+// has its state and no longer the fifo with which it held the program back.
+func (r *runc) executes(id string) bool {
+	var st unix.Stat_t
+	return unix.Stat(filepath.Join(r.root, id, "state.json"), &st) == nil &&
+		errors.Is(unix.Stat(filepath.Join(r.root, id, "exec.fifo"), &st), unix.ENOENT)
+}
+
 // delete removes the container, killing what runs in it. It is not an error when
 // there is no such container.
 func (r *runc) delete(ctx context.Context, id string) error {
