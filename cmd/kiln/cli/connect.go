@@ -26,13 +26,16 @@ type target struct {
 }
 
 func (t *target) flags(fs *pflag.FlagSet) {
-	fs.StringVar(&t.agent, "agent", os.Getenv("KILN_AGENT"), "Build on the agent at this address (unix:///path or tcp://host:port) and not in this process")
+	fs.StringVar(&t.agent, "agent", "", "Work on the agent at this address (unix:///path or tcp://host:port) and not in this process (default $KILN_AGENT)")
 	fs.StringVar(&t.root, "root", "", "State directory (default "+DefaultRoot()+")")
 	fs.StringVar(&t.sandbox, "sandbox", "", "Sandbox of every step: gvisor or userns (default gvisor)")
 }
 
 // check reports combinations that make no sense, and returns the class.
 func (t *target) check() (sandbox.Class, error) {
+	if t.agent == "" && t.root == "" {
+		t.agent = os.Getenv("KILN_AGENT")
+	}
 	if t.agent != "" {
 		if t.root != "" {
 			return "", usage(errors.New("--root and --agent exclude each other: an agent has its own state directory"))

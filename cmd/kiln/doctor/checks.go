@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/docker/go-units"
@@ -102,11 +101,8 @@ func kernel(context.Context) (string, error) {
 // releaseNumbers returns the first two numbers of a kernel release, 0 where there is
 // none.
 func releaseNumbers(s string) (major, minor int) {
-	parts := strings.SplitN(s, ".", 3)
-	major, _ = strconv.Atoi(parts[0])
-	if len(parts) > 1 {
-		minor, _ = strconv.Atoi(strings.TrimRight(parts[1], "-+abcdefghijklmnopqrstuvwxyz"))
-	}
+	// What does not match leaves its number at 0.
+	_, _ = fmt.Sscanf(s, "%d.%d", &major, &minor)
 	return major, minor
 }
 
