@@ -160,7 +160,13 @@ func ParseOutputs(values []string, stdout Stdout) ([]client.ExportEntry, bool, e
 			} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return nil, false, fmt.Errorf("invalid output %q: %w", s, err)
 			}
-			e.Output = func(map[string]string) (io.WriteCloser, error) { return os.Create(o.dest) }
+			e.Output = func(map[string]string) (io.WriteCloser, error) {
+				f, err := os.Create(o.dest)
+				if err != nil {
+					return nil, fmt.Errorf("write output: %w", err)
+				}
+				return f, nil
+			}
 		case o.dest != "":
 			return nil, false, fmt.Errorf("invalid output %q: type %s has no dest", s, o.kind)
 		}
