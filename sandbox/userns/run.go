@@ -135,7 +135,9 @@ func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *
 	}
 	spec.Root.Path = run.rootfs
 	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids.mapping(), ids.mapping()
-	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	// The cgroup namespace hides where in the node's cgroups the step is.
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces,
+		specs.LinuxNamespace{Type: specs.UserNamespace}, specs.LinuxNamespace{Type: specs.CgroupNamespace})
 	spec.Linux.CgroupsPath = path.Join(r.cgroupParent(), step.ID)
 	if netns != "" {
 		if err := ownSysfs(owned, spec, dir, netns); err != nil {

@@ -89,6 +89,10 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	if err := os.MkdirAll(memDir(cfg), 0o711); err != nil {
 		return nil, fmt.Errorf("make state directory: %w", err)
 	}
+	// The kernel lists mounts without symlinks.
+	if cfg.StateDir, err = filepath.EvalSymlinks(cfg.StateDir); err != nil {
+		return nil, fmt.Errorf("resolve state directory: %w", err)
+	}
 	if err := searchable(memDir(cfg)); err != nil {
 		return nil, err
 	}
