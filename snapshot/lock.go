@@ -53,7 +53,7 @@ func Lock(ctx context.Context, root string, wait func(holder string)) (unlock fu
 		}
 	}
 	note := fmt.Sprintf("process %d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
-	if err := f.Truncate(0); err == nil {
+	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt([]byte(note), 0)
 	}
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 // Everything else is internal to a builder.
 var clientPackages = []string{
 	"api/", "client", "cmd/buildctl/build", "exporter/containerimage/exptypes", "frontend/dockerui", "frontend/gateway/client",
-	"frontend/gateway/errdefs", "frontend/gateway/pb", "frontend/dockerfile/dfgitutil", "frontend/dockerfile/parser", "frontend/subrequests", "identity", "session", "solver/errdefs", "solver/pb", "sourcepolicy/pb", "util/", "version",
+	"frontend/gateway/errdefs", "frontend/gateway/pb", "frontend/dockerfile/dfgitutil", "frontend/dockerfile/parser", "frontend/subrequests", "identity", "session", "solver/errdefs", "solver/llbsolver/provenance/types", "solver/pb", "sourcepolicy/pb", "util/", "version",
 }
 
 // TestOnlyThisPackageImportsBuilderInternals keeps the rest of kiln free of the

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	units "github.com/docker/go-units"
 	"github.com/moby/buildkit/executor"
+	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 )
@@ -30,6 +31,9 @@ func treeOf(ctx context.Context, m executor.Mount) (tree sandbox.Tree, readonly 
 		release = func() error { return nil }
 	}
 	tree, readonly, err = parseMounts(mounts)
+	if err == nil && hidesLayers(tree) {
+		err = fmt.Errorf("%s is an overlay mount: BuildKit did not tell its layers", tree.Dir)
+	}
 	if err != nil {
 		return sandbox.Tree{}, false, nil, errors.Join(err, release())
 	}
@@ -40,19 +44,27 @@ func treeOf(ctx context.Context, m executor.Mount) (tree sandbox.Tree, readonly 
 // writable snapshot into a mountable that mounts its overlay on the node and
 // hands out bind mounts of that, which hides the layers and costs a mount a
 // step. There is no accessor for the snapshot's own mountable, so the embedded
-// field is read; TestWritableSnapshotsTellTheirLayers fails should it go.
+// field is read; treeOf refuses what is hidden all the same.
 func layersOf(ref executor.MountableRef) executor.MountableRef {
 	v := reflect.ValueOf(ref)
-	if v.Kind() != reflect.Pointer || v.Elem().Kind() != reflect.Struct {
+	if v.Kind() != reflect.Pointer || v.Elem().Kind() != reflect.Struct || v.Elem().Type().Name() != "sharableMountable" {
 		return ref
 	}
-	if v.Elem().Type().Name() != "sharableMountable" {
+	field := v.Elem().FieldByName("Mountable")
+	if !field.IsValid() {
 		return ref
 	}
-	if inner, ok := v.Elem().FieldByName("Mountable").Interface().(executor.MountableRef); ok {
+	if inner, ok := field.Interface().(executor.MountableRef); ok {
 		return inner
 	}
 	return ref
+}
+
+// hidesLayers reports whether a directory is itself an overlay, whose layers
+// cannot be shifted into a user namespace.
+func hidesLayers(t sandbox.Tree) bool {
+	var st unix.Statfs_t
+	return t.Dir != "" && unix.Statfs(t.Dir, &st) == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC
 }
 
 // parseMounts reads the one mount that BuildKit makes for a snapshot, a cache, a
