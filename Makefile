@@ -28,7 +28,7 @@ $(BIN)/runc: tools/runc/go.mod tools/runc/go.sum
 	cd tools/runc && CGO_ENABLED=1 $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)' -o $@ github.com/opencontainers/runc
 
 $(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum
-	cd tools/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ gvisor.dev/gvisor/runsc
+	cd tools/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS) -X gvisor.dev/gvisor/runsc/version.version=$$($(GO) list -m -f '{{.Version}}' gvisor.dev/gvisor)" -o $@ gvisor.dev/gvisor/runsc
 
 $(BIN)/staticcheck: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o $@ honnef.co/go/tools/cmd/staticcheck

@@ -53,7 +53,10 @@ func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
 	}
 	// What the runtime prepares outlives the step that needs it first.
 	ctx = context.WithoutCancel(ctx)
-	var err error
+	err := makeSearchable(runDir)
+	if err != nil {
+		return nil, err
+	}
 	if e.networks == nil {
 		if e.networks, err = netns.New(ctx, netns.Config{StateDir: filepath.Join(e.cfg.Root, "netns")}); err != nil {
 			return nil, fmt.Errorf("prepare networks: %w", err)
@@ -64,9 +67,6 @@ func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
 	case sandbox.GVisor:
 		e.runtime, err = asRuntime(gvisor.New(ctx, gvisor.Config{RunscPath: e.cfg.RunscPath, StateDir: state, Networks: e.networks}))
 	case sandbox.Userns:
-		if err = makeSearchable(runDir); err != nil {
-			return nil, err
-		}
 		e.runtime, err = asRuntime(userns.New(ctx, userns.Config{RuncPath: e.cfg.RuncPath, StateDir: state, Networks: e.networks}))
 	default:
 		_, err = sandbox.ParseClass(string(e.cfg.Sandbox))
