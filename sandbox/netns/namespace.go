@@ -27,7 +27,6 @@ func newNamespace(inside func(ns *os.File) error) (*os.File, error) {
 			done <- result{nil, fmt.Errorf("open own network namespace: %w", err)}
 			return
 		}
-		defer host.Close()
 		ns, err := enterNew(inside)
 		// A thread that cannot come back must never run other code: it stays
 		// locked, and the runtime ends it with this goroutine.
@@ -37,6 +36,7 @@ func newNamespace(inside func(ns *os.File) error) (*os.File, error) {
 			ns.Close()
 			ns, err = nil, fmt.Errorf("return to own network namespace: %w", back)
 		}
+		host.Close()
 		done <- result{ns, err}
 	}()
 	r := <-done
