@@ -58,7 +58,7 @@ func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
 		return nil, err
 	}
 	if e.networks == nil {
-		if e.networks, err = netns.New(ctx, netns.Config{StateDir: filepath.Join(e.cfg.Root, "netns")}); err != nil {
+		if e.networks, err = netns.New(ctx, netns.Config{}); err != nil {
 			return nil, fmt.Errorf("prepare networks: %w", err)
 		}
 	}
