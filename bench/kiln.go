@@ -8,7 +8,7 @@ import (
 )
 
 type kilnPeer struct {
-	name, program, sandbox, root, path string
+	name, program, sandbox, root string
 }
 
 func startKiln(sandbox string) func(context.Context, config, string) (peer, error) {

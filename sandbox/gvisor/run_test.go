@@ -65,15 +65,15 @@ func TestStreamsAndSignals(t *testing.T) {
 
 func TestUserCwdAndEnvironment(t *testing.T) {
 	e := newEnv(t)
-	step := e.step("id; pwd; echo $FOO; ls -ld /work/here")
+	step := e.step("id; pwd; echo $FOO; ls -ld /made/here")
 	step.Process.User = "app"
-	step.Process.Cwd = "/work/here"
+	step.Process.Cwd = "/made/here"
 	step.Process.Env = append(step.Process.Env, "FOO=bar")
 	step.Hostname = "named"
 	out := e.ok(step)
 	require.Contains(t, out, "uid=33(app) gid=44(app) groups=55(extra)")
-	require.Contains(t, out, "/work/here\nbar\n")
-	require.DirExists(t, e.upper+"/work/here")
+	require.Contains(t, out, "/made/here\nbar\n")
+	require.DirExists(t, e.upper+"/made/here")
 	require.NoDirExists(t, e.upper+"/etc", "mount points are no part of the layer")
 	require.NoDirExists(t, e.upper+"/proc")
 
