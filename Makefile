@@ -40,7 +40,7 @@ quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 	examples/quickstart.sh
 
 test: build ## Run every test
-	CGO_ENABLED=1 $(GO) test -race -p 1 -timeout 20m ./...
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
 
 lint: $(BIN)/staticcheck ## Check formatting, vet and staticcheck
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

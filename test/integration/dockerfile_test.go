@@ -238,3 +238,15 @@ func TestSourceDateEpochMakesEqualImages(t *testing.T) {
 	}
 	require.Equal(t, digests[0], digests[1])
 }
+
+// TestOnbuildRunsInTheChild gives a child the triggers of an image in an OCI
+// layout.
+func TestOnbuildRunsInTheChild(t *testing.T) {
+	inEachSandbox(t, func(t *testing.T, n *node) {
+		layout := filepath.Join(t.TempDir(), "parent")
+		n.mustBuild(contextDir(t, base+"ONBUILD COPY a /from-child\nONBUILD RUN cat /from-child > /triggered\n", nil),
+			append(withTools(t), "--provenance=false", "-o", "type=oci,tar=false,dest="+layout)...)
+		out := n.mustBuildTree(contextDir(t, "FROM parent\n", map[string]string{"a": "child"}), "--build-context", "parent=oci-layout://"+layout)
+		require.Equal(t, "child", read(t, out, "triggered"))
+	})
+}
