@@ -182,6 +182,8 @@ func systrap(ctx context.Context, runsc string) (_ string, err error) {
 		return "", problem("make the temporary directory writable.", "%w", err)
 	}
 	state := filepath.Join(dir, "state")
+	// runsc keeps an empty network namespace mounted for all sandboxes of a root.
+	defer func() { _ = unix.Unmount(filepath.Join(state, "null-netns"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) }()
 	id := "kiln-doctor"
 	flags := []string{"--root", state, "--platform", "systrap", "--network", "none", "--ignore-cgroups", "--overlay2=none"}
 	out, err := exec.CommandContext(ctx, runsc, append(flags, "run", "--bundle", dir, id)...).CombinedOutput()
