@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -102,8 +103,8 @@ RUN test ! -e /cache && test ! -e /bound && test ! -e /ctx && test ! -e /t && te
 	})
 }
 
-// TestSSHAgentIsReachable gives a step an agent that greets, since a protocol
-// test needs no keys.
+// TestSSHAgentIsReachable gives a step an agent without keys and has a program in
+// the step ask for them.
 func TestSSHAgentIsReachable(t *testing.T) {
 	inEachSandbox(t, func(t *testing.T, n *node) {
 		sock := filepath.Join(t.TempDir(), "agent")
@@ -126,10 +127,19 @@ func TestSSHAgentIsReachable(t *testing.T) {
 				}()
 			}
 		}()
+		tools := withTools(t)
+		_, toolsDir, _ := strings.Cut(tools[1], "=")
+		cmd := exec.Command("go", "build", "-o", filepath.Join(toolsDir, "sshask"), "./testdata/sshask")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		msg, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", msg)
 		dir := contextDir(t, base+`
-RUN --mount=type=ssh mkdir /out && test -S "$SSH_AUTH_SOCK" && printf '\000\000\000\001\013' | nc local:"$SSH_AUTH_SOCK" -w 5 | od -An -tu1 > /out/answer || test -S "$SSH_AUTH_SOCK"
+COPY --from=tools sshask /bin/sshask
+RUN --mount=type=ssh mkdir /out && sshask > /out/answer
+RUN test -z "$SSH_AUTH_SOCK"
 `, nil)
-		n.mustBuildTree(dir, append(withTools(t), "--ssh", "default="+sock)...)
+		out := n.mustBuildTree(dir, append(tools, "--ssh", "default="+sock)...)
+		require.Equal(t, "000000050c00000000", read(t, out, "out/answer"), "the agent says that it has no identities")
 	})
 }
 
