@@ -42,13 +42,18 @@ quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 test: build ## Run every test
 	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
 
-lint: $(BIN)/staticcheck ## Check formatting, vet and staticcheck
+lint: $(BIN)/staticcheck $(BIN)/buf ## Check formatting, vet, staticcheck and the build API
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(BIN)/staticcheck ./...
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against api/agent/v1/baseline.binpb
 
-generate: ## Regenerate generated code
-	$(GO) generate ./...
+$(BIN)/buf: tools/proto/go.mod
+	cd tools/proto && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ github.com/bufbuild/buf/cmd/buf google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+
+generate: $(BIN)/buf ## Regenerate generated code
+	PATH=$(BIN):$$PATH $(GO) generate ./...
 
 bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
 	$(GO) run ./bench -kiln $(BIN)/kiln -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)
