@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -18,110 +16,22 @@ import (
 	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/solver/pb"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/kiln-build/kiln/sandbox"
-	"github.com/kiln-build/kiln/sandbox/gvisor"
-	"github.com/kiln-build/kiln/sandbox/netns"
-	"github.com/kiln-build/kiln/sandbox/userns"
 )
 
-// stepExecutor runs the processes that BuildKit's solver asks for in sandboxes.
-// The runtime is made at the first step, so that commands that run none need
-// nothing of the node.
+// stepExecutor runs the processes that BuildKit's solver asks for in sandboxes of
+// one class.
 type stepExecutor struct {
-	cfg   Config
-	owner string
-
-	// mu guards what follows.
-	mu       sync.Mutex
-	runtime  sandbox.Runtime
-	networks sandbox.Networks
+	runtimes *runtimes
+	class    sandbox.Class
+	owner    string
 }
 
 var _ executor.Executor = (*stepExecutor)(nil)
 
-func newStepExecutor(cfg Config) *stepExecutor {
-	return &stepExecutor{cfg: cfg, owner: identity.NewID()}
-}
-
-func (e *stepExecutor) start(ctx context.Context) (sandbox.Runtime, error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.runtime != nil {
-		return e.runtime, nil
-	}
-	// What the runtime prepares outlives the step that needs it first.
-	ctx = context.WithoutCancel(ctx)
-	err := makeSearchable(runDir)
-	if err != nil {
-		return nil, err
-	}
-	if e.networks == nil {
-		if e.networks, err = netns.New(ctx, netns.Config{}); err != nil {
-			return nil, fmt.Errorf("prepare networks: %w", err)
-		}
-	}
-	state := StepsDir(e.cfg.Root, e.cfg.Sandbox)
-	switch e.cfg.Sandbox {
-	case sandbox.GVisor:
-		e.runtime, err = asRuntime(gvisor.New(ctx, gvisor.Config{RunscPath: e.cfg.RunscPath, StateDir: state, Networks: e.networks}))
-	case sandbox.Userns:
-		e.runtime, err = asRuntime(userns.New(ctx, userns.Config{RuncPath: e.cfg.RuncPath, StateDir: state, Networks: e.networks}))
-	default:
-		_, err = sandbox.ParseClass(string(e.cfg.Sandbox))
-	}
-	return e.runtime, err
-}
-
-// runDir holds what concerns running processes of kiln only.
-const runDir = "/run/kiln"
-
-// makeSearchable lets steps pass through dir, but not list it.
-func makeSearchable(dir string) error {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return fmt.Errorf("make run directory: %w", err)
-	}
-	if err := os.Chmod(dir, 0o711); err != nil {
-		return fmt.Errorf("make run directory searchable: %w", err)
-	}
-	return nil
-}
-
-// StepsDir returns where an engine with the given state directory keeps what its
-// running steps in sandboxes of class use.
-//
-// The roots of steps in user namespaces are mounted in a place of their own: such
-// a step is nobody on the node and could not pass through a state directory that
-// is root's alone. gVisor's files hold what steps write and stay on disk.
-func StepsDir(root string, class sandbox.Class) string {
-	if class == sandbox.Userns {
-		return filepath.Join(runDir, "steps", digest.FromString(root).Encoded()[:16])
-	}
-	return filepath.Join(root, "steps")
-}
-
-// asRuntime keeps a nil pointer from becoming a runtime that is not nil.
-func asRuntime[R sandbox.Runtime](r R, err error) (sandbox.Runtime, error) {
-	if err != nil {
-		return nil, err
-	}
-	return r, nil
-}
-
-// Close releases the runtime and the networks.
-func (e *stepExecutor) Close() error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	var errs []error
-	if e.runtime != nil {
-		errs = append(errs, e.runtime.Close())
-	}
-	if e.networks != nil {
-		errs = append(errs, e.networks.Close())
-	}
-	e.runtime, e.networks = nil, nil
-	return errors.Join(errs...)
+func newStepExecutor(r *runtimes, class sandbox.Class) *stepExecutor {
+	return &stepExecutor{runtimes: r, class: class, owner: identity.NewID()}
 }
 
 // Run implements executor.Executor.
@@ -135,7 +45,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 		})
 	}
 	defer start()
-	rt, err := e.start(ctx)
+	rt, err := e.runtimes.get(ctx, e.class)
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +89,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 
 // Exec implements executor.Executor.
 func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.ProcessInfo) error {
-	rt, err := e.start(ctx)
+	rt, err := e.runtimes.get(ctx, e.class)
 	if err != nil {
 		return err
 	}

@@ -38,14 +38,15 @@ import (
 // historyEntries is how many finished builds the engine remembers.
 const historyEntries int64 = 50
 
-func newController(ctx context.Context, cfg Config, store *snapshot.Store, exec *stepExecutor, policy *frontendPolicy) (*control.Controller, error) {
+// newController assembles the solver of a domain whose own state is in dir.
+func (n *Node) newController(ctx context.Context, dir string, d Domain, images *imageStore) (*control.Controller, error) {
 	sessions, err := session.NewManager()
 	if err != nil {
 		return nil, fmt.Errorf("make session manager: %w", err)
 	}
 	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
 	hosts := resolver.NewRegistryConfig(nil)
-	w, err := newWorker(ctx, cfg, store, exec)
+	w, err := n.newWorker(ctx, dir, d, images)
 	if err != nil {
 		return nil, err
 	}
@@ -53,15 +54,15 @@ func newController(ctx context.Context, cfg Config, store *snapshot.Store, exec 
 	if err := workers.Add(w); err != nil {
 		return nil, fmt.Errorf("add worker: %w", err)
 	}
-	frontends, err := policy.frontends(workers.Infos())
+	frontends, err := n.frontends.frontends(workers.Infos())
 	if err != nil {
 		return nil, err
 	}
-	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(cfg.Root, "cache.db"))
+	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
 	if err != nil {
 		return nil, fmt.Errorf("open step cache: %w", err)
 	}
-	history, err := boltutil.SafeOpen(filepath.Join(cfg.Root, "history.db"), 0o600, &bolt.Options{
+	history, err := boltutil.SafeOpen(filepath.Join(dir, "history.db"), 0o600, &bolt.Options{
 		FreelistType: bolt.FreelistMapType, NoFreelistSync: true,
 	})
 	if err != nil {
@@ -97,37 +98,39 @@ func newController(ctx context.Context, cfg Config, store *snapshot.Store, exec 
 	return c, nil
 }
 
-func newWorker(ctx context.Context, cfg Config, store *snapshot.Store, exec *stepExecutor) (*base.Worker, error) {
-	id, err := base.ID(cfg.Root)
+func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore) (*base.Worker, error) {
+	id, err := base.ID(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read worker ID: %w", err)
 	}
-	md, err := metadata.NewStore(filepath.Join(cfg.Root, "refs.db"))
+	md, err := metadata.NewStore(filepath.Join(dir, "refs.db"))
 	if err != nil {
 		return nil, fmt.Errorf("open reference metadata: %w", err)
 	}
-	content := containerdsnapshot.NewContentStore(store.DB.ContentStore(), snapshot.Namespace)
+	store, content := n.store, images.content
+	owned := domainLeases{Manager: ctdmetadata.NewLeaseManager(store.DB), domain: d.key()}
 	w, err := base.NewWorker(ctx, base.WorkerOpt{
 		ID:   id,
-		Root: cfg.Root,
+		Root: dir,
 		Labels: map[string]string{
 			label.Executor:       "kiln",
 			label.Snapshotter:    snapshot.Snapshotter,
-			"build.kiln.sandbox": string(cfg.Sandbox),
+			"build.kiln.sandbox": string(d.Sandbox),
 		},
 		Platforms:       []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
-		GCPolicy:        gcPolicy(cfg.Root),
+		GCPolicy:        gcPolicy(n.cfg.Root),
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
-		Executor:        exec,
+		Executor:        newStepExecutor(n.runtimes, d.Sandbox),
 		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, store.Snapshots(), snapshot.Namespace, nil),
 		ContentStore:    content,
+		ImageStore:      images,
 		Applier:         apply.NewFileSystemApplier(content),
 		Differ:          walking.NewWalkingDiff(content),
 		RegistryHosts:   resolver.NewRegistryConfig(nil),
-		LeaseManager:    leaseutil.WithNamespace(ctdmetadata.NewLeaseManager(store.DB), snapshot.Namespace),
+		LeaseManager:    leaseutil.WithNamespace(owned, snapshot.Namespace),
 		GarbageCollect:  store.DB.GarbageCollect,
 		MetadataStore:   md,
-		MountPoolRoot:   filepath.Join(cfg.Root, "mounts"),
+		MountPoolRoot:   filepath.Join(dir, "mounts"),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("assemble worker: %w", err)

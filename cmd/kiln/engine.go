@@ -21,7 +21,10 @@ func startEngine(ctx context.Context, cfg cli.EngineConfig) (cli.Engine, error) 
 	if os.Getenv(debugEnv) != "" {
 		logrus.SetLevel(logrus.DebugLevel)
 	}
-	e, err := engine.New(ctx, engine.Config{Root: cfg.Root, Sandbox: cfg.Sandbox, RuncPath: cfg.RuncPath, RunscPath: cfg.RunscPath})
+	e, err := engine.New(ctx, engine.Config{
+		NodeConfig: engine.NodeConfig{Root: cfg.Root, RuncPath: cfg.RuncPath, RunscPath: cfg.RunscPath},
+		Sandbox:    cfg.Sandbox,
+	})
 	if err != nil {
 		return nil, err
 	}
