@@ -52,7 +52,10 @@ lint: $(BIN)/staticcheck $(BIN)/buf ## Check formatting, vet, staticcheck and th
 $(BIN)/buf: tools/proto/go.mod
 	cd tools/proto && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ github.com/bufbuild/buf/cmd/buf google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 
-generate: $(BIN)/buf ## Regenerate generated code
+$(BIN)/controller-gen: tools/controller-gen/go.mod
+	cd tools/controller-gen && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ sigs.k8s.io/controller-tools/cmd/controller-gen
+
+generate: $(BIN)/buf $(BIN)/controller-gen ## Regenerate generated code
 	PATH=$(BIN):$$PATH $(GO) generate ./...
 
 bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
