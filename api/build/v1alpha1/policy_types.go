@@ -108,9 +108,10 @@ type NetworkRules struct {
 	Default *NetworkMode `json:"default,omitempty"`
 }
 
-// RegistryRules are rules about registries. A pattern is compared with the full name of
-// a repository, such as "docker.io/library/debian": "*" stands for any characters but
-// "/", "**" for any characters, and a pattern that names only a host stands for all of it.
+// RegistryRules are rules about registries. A pattern is a host
+// ("registry.example.com:5000"), a host and the start of a path
+// ("registry.example.com/team-a"), or either with "*." before it for any subdomain.
+// "docker.io" is Docker Hub.
 type RegistryRules struct {
 	// Where base images, builder images and caches may come from. Unset: anywhere.
 	// +optional
