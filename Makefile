@@ -9,7 +9,11 @@ LDFLAGS := -s -w
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates git busybox-static mmdebstrap docker-registry skopeo iproute2 nftables
 BENCH_ARGS ?=
 
-.PHONY: help build deps kiln quickstart test lint generate bench clean
+# Programs of the test cluster.
+KUBERNETES := $(addprefix $(BIN)/,etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
+CONTAINERD := $(addprefix $(BIN)/,containerd containerd-shim-runc-v2 ctr host-local portmap ptp)
+
+.PHONY: help build deps kiln quickstart test lint generate bench clean cluster-tools cluster-up cluster-down
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,8 +31,9 @@ kiln:
 $(BIN)/runc: tools/runc/go.mod tools/runc/go.sum
 	cd tools/runc && CGO_ENABLED=1 $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)' -o $@ github.com/opencontainers/runc
 
-$(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum
-	cd tools/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS) -X gvisor.dev/gvisor/runsc/version.version=$$($(GO) list -m -f '{{.Version}}' gvisor.dev/gvisor)" -o $@ gvisor.dev/gvisor/runsc
+# runsc has a file of kiln's beside gVisor's own; see tools/runsc/build.sh.
+$(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum tools/runsc/build.sh $(wildcard tools/runsc/sentry/*.go)
+	GO=$(GO) tools/runsc/build.sh $@
 
 $(BIN)/staticcheck: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o $@ honnef.co/go/tools/cmd/staticcheck
@@ -36,10 +41,24 @@ $(BIN)/staticcheck: tools/lint/go.mod
 $(BIN)/buildkitd: tools/buildkit/go.mod
 	cd tools/buildkit && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ github.com/moby/buildkit/cmd/buildkitd github.com/moby/buildkit/cmd/buildctl
 
+$(KUBERNETES) &: tools/kubernetes/go.mod tools/kubernetes/go.sum
+	tools/build-cached kubernetes $(BIN)
+
+$(CONTAINERD) &: tools/containerd/go.mod tools/containerd/go.sum
+	tools/build-cached containerd $(BIN)
+
+cluster-tools: deps $(BIN)/runc $(KUBERNETES) $(CONTAINERD) ## Build the programs of the test cluster
+
+cluster-up: cluster-tools ## Start a Kubernetes cluster on this machine (CLUSTER_ARGS="-dir DIR -nodes N")
+	@$(GO) run ./test/cluster/kilncluster $(CLUSTER_ARGS) up
+
+cluster-down: ## Remove that cluster
+	@$(GO) run ./test/cluster/kilncluster $(CLUSTER_ARGS) down
+
 quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 	examples/quickstart.sh
 
-test: build ## Run every test
+test: build cluster-tools ## Run every test
 	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
 
 lint: $(BIN)/staticcheck $(BIN)/buf ## Check formatting, vet, staticcheck and the build API
