@@ -39,13 +39,14 @@ func ParseClass(s string) (Class, error) {
 //
 //	preparing → running → collecting → ended
 //
-// Run owns the step from its call to its return: every mount, namespace,
-// cgroup, process, descriptor and file that it makes for the step is released
-// before it returns, whatever the outcome, also when ctx is cancelled. What a
-// killed process of ours leaves behind is released by the next New on the same
-// state directory. The files that the step wrote are complete in the upper
-// directory of its root (or in its writable mounts) when Run returns, and not
-// before.
+// Run owns the step from its call to its return: when it returns, whatever the
+// outcome, also when ctx is cancelled, no process of the step runs, and nothing
+// can write to its trees any more. The files that the step wrote are then
+// complete in the upper directory of its root (or in its writable mounts), and
+// not before. What else Run made for the step (mounts, namespaces, cgroups,
+// descriptors, files) it may release shortly after its return, and has released
+// when Close returns. What a killed process of ours leaves behind is released by
+// the next New on the same state directory.
 //
 // All methods may be called concurrently.
 type Runtime interface {

@@ -10,26 +10,37 @@ import (
 	"runtime"
 	"strconv"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
 // Methods of the sandbox's control server.
 const (
-	methodExec   = "containerManager.ExecuteAsync"
-	methodWait   = "containerManager.WaitPID"
-	methodSignal = "containerManager.Signal"
-	methodPause  = "containerManager.Pause"
-	methodTar    = "Fs.TarRootfsUpperLayer"
+	methodExec    = "containerManager.ExecuteAsync"
+	methodWait    = "containerManager.Wait"
+	methodWaitPID = "containerManager.WaitPID"
+	methodSignal  = "containerManager.Signal"
+	// These are kiln's addition to runsc.
+	methodProbe = "containerManager.StepProbe"
+	methodStart = "containerManager.StepStart"
+	methodLayer = "containerManager.StepLayer"
 )
 
-// containerID is the ID of the only container of every sandbox. It is short
-// because the path of the control socket holds it.
-const containerID = "s"
+// containerID is the ID of the sandbox's own container, and of the sandbox. It is
+// short because the path of the control socket holds it. stepID is the ID of the
+// step's container.
+const (
+	containerID = "s"
+	stepID      = "step"
+)
 
 // control calls the control server of one sandbox: JSON over a unix socket, with
 // descriptors beside the first byte. Every call has a connection of its own, so
 // that a call that waits does not hold up another.
 type control struct{ socket string }
+
+// maxCallFiles is how many files can go with a call.
+const maxCallFiles = 128
 
 type controlReply struct {
 	Success bool            `json:"success"`
@@ -144,4 +155,28 @@ const (
 	signalForeground = 2
 )
 
-type tarArgs struct{ ContainerID string }
+// startArgs are the arguments of methodStart. The files that go with the call are
+// the terminal, or standard input, output and error; the file that backs what is
+// written to the root, if there is one; and the connections of the root and of
+// the spec's bind mounts, in this order.
+type startArgs struct {
+	Spec                 *specs.Spec
+	CID                  string
+	NumGoferFilestoreFDs int
+	GoferMountConfs      []mountConf
+}
+
+// mountConf tells what is below and above a mount.
+type mountConf struct {
+	Lower int `json:"lower"`
+	Upper int `json:"upper"`
+}
+
+// Values of mountConf.
+const (
+	lowerServed  = 1 // by the file server
+	upperNone    = 0
+	upperPrivate = 3 // an overlay in the sandbox, backed by a file
+)
+
+type layerArgs struct{ CID string }

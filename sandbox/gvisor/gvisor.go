@@ -5,9 +5,15 @@
 // writes to itself and gives it out as one stream when the step ends, and package
 // upper writes that into the step's upper directory. Other mounts write through.
 //
+// Sandboxes are started ahead of the steps that get them. Such a one has seen no
+// input of anyone: the step's files, process and limits come to it when it is
+// taken, and it ends with the step.
+//
 // The package promises that a step has no way to the node's kernel but through
-// gVisor, that nothing of a sandbox is left when Run returns, and that whatever a
-// killed process left behind is gone after New on the same state directory.
+// gVisor, that no process of a step runs and nothing can write to its files when
+// Run returns, that nothing of any sandbox is left when Close returns, and that
+// whatever a killed process left behind is gone after New on the same state
+// directory.
 package gvisor
 
 import (
@@ -15,12 +21,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
-
-	"golang.org/x/sys/unix"
+	"sync/atomic"
 
 	"github.com/kiln-build/kiln/sandbox"
 )
@@ -37,6 +40,9 @@ type Config struct {
 	// CgroupParent is the cgroup under which every sandbox gets one of its own;
 	// empty leaves sandboxes in the cgroup of this process.
 	CgroupParent string
+	// Prepared is how many sandboxes of the usual kind are kept ready once a step
+	// has run or Warm was called; 0 means DefaultPrepared, and less means none.
+	Prepared int
 }
 
 // Runtime implements sandbox.Runtime.
@@ -44,9 +50,13 @@ type Runtime struct {
 	cfg   Config
 	runsc string
 	pause *os.File
+	// image is the file with the root of the sandboxes' own containers.
+	image string
+	pool  *pool
+	boxes atomic.Int64
 
 	mu    sync.Mutex
-	steps map[string]*running
+	steps map[string]*running // guarded by mu
 }
 
 // running is a step whose process can have company.
@@ -82,74 +92,34 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 	if err := r.recover(ctx); err != nil {
 		return nil, fmt.Errorf("gvisor: clean up after an earlier process: %w", err)
 	}
+	if r.image, err = writeImage(r.cfg.StateDir); err != nil {
+		return nil, fmt.Errorf("gvisor: %w", err)
+	}
 	if r.pause, err = writePause(r.cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("gvisor: %w", err)
 	}
+	ahead := cfg.Prepared
+	if ahead == 0 {
+		ahead = DefaultPrepared
+	}
+	r.pool = newPool(r, max(ahead, 0))
 	return r, nil
-}
-
-// Check tells whether this node can run gVisor sandboxes. What it lacks is a
-// *sandbox.UnavailableError.
-func Check(ctx context.Context, cfg Config) error {
-	runsc, err := findRunsc(cfg)
-	if err != nil {
-		return err
-	}
-	out, err := exec.CommandContext(ctx, runsc, "--version").CombinedOutput()
-	if err != nil {
-		return unavailable("a runsc that runs", "Install runsc for this machine.", fmt.Errorf("%w: %s", err, strings.TrimSpace(string(out))))
-	}
-	if _, err := pauseProgram(); err != nil {
-		return unavailable("support for this processor", "Use the userns sandbox on this node.", err)
-	}
-	if os.Geteuid() != 0 {
-		return unavailable("root privileges", "Start the agent as root.", nil)
-	}
-	if err := probeMount(); err != nil {
-		return unavailable("the right to mount (CAP_SYS_ADMIN)", "Give the agent's container CAP_SYS_ADMIN and no profile that denies mount.", err)
-	}
-	return nil
-}
-
-// probeMount asks for a file system without attaching it.
-func probeMount() error {
-	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	return unix.Close(fd)
-}
-
-func unavailable(missing, fix string, err error) error {
-	return &sandbox.UnavailableError{Class: sandbox.GVisor, Missing: missing, Fix: fix, Err: err}
-}
-
-func findRunsc(cfg Config) (string, error) {
-	name := cfg.RunscPath
-	if name == "" {
-		name = "runsc"
-	}
-	p, err := exec.LookPath(name)
-	if err == nil {
-		p, err = filepath.Abs(p)
-	}
-	if err != nil {
-		missing := "runsc on the PATH"
-		if cfg.RunscPath != "" {
-			missing = "runsc at " + cfg.RunscPath
-		}
-		return "", unavailable(missing, "Build it with `make build` or install gVisor.", err)
-	}
-	return p, nil
 }
 
 // Class implements sandbox.Runtime.
 func (r *Runtime) Class() sandbox.Class { return sandbox.GVisor }
 
+// Warm starts preparing sandboxes for steps with the given network, and returns
+// at once. What goes wrong is left to the step that needs a sandbox to tell.
+func (r *Runtime) Warm(network sandbox.NetworkMode) { r.pool.warm(usual(network)) }
+
 // Close implements sandbox.Runtime.
 func (r *Runtime) Close() error {
-	return errors.Join(r.pause.Close(), r.releaseShared())
+	return errors.Join(r.pool.close(), r.pause.Close(), r.releaseShared())
 }
+
+// boxID names a sandbox. Together with the process it is unique on the node.
+func (r *Runtime) boxID() string { return fmt.Sprintf("%d-%d", os.Getpid(), r.boxes.Add(1)) }
 
 func (r *Runtime) stepsDir() string  { return filepath.Join(r.cfg.StateDir, "steps") }
 func (r *Runtime) sharedDir() string { return filepath.Join(r.cfg.StateDir, "shared") }

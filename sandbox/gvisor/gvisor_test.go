@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -17,13 +18,16 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	spawner() // lives as long as the program
+	spawner() // lives as long as the program, as the next does
+	if _, err := offline(); err != nil {
+		panic(err)
+	}
 	goleak.VerifyTestMain(m, goleak.IgnoreCurrent())
 }
 
 // runscPath is the runsc that `make build` makes.
 func runscPath(t testing.TB) string {
-	p, err := filepath.Abs("../../bin/runsc")
+	p, err := filepath.Abs(cmp.Or(os.Getenv("KILN_TEST_RUNSC"), "../../bin/runsc"))
 	require.NoError(t, err)
 	_, err = os.Stat(p)
 	require.NoError(t, err, "build runsc first: make build")
@@ -39,7 +43,10 @@ type env struct {
 	n            int
 }
 
-func newEnv(t testing.TB) *env {
+func newEnv(t testing.TB) *env { return newEnvWith(t, Config{}) }
+
+// newEnvWith is newEnv with a configuration of which the paths are filled in.
+func newEnvWith(t testing.TB, cfg Config) *env {
 	dir := t.TempDir()
 	e := &env{t: t, lower: filepath.Join(dir, "lower"), upper: filepath.Join(dir, "upper"), work: filepath.Join(dir, "work")}
 	for _, d := range []string{e.lower, e.upper, e.work, e.lower + "/bin", e.lower + "/etc", e.lower + "/root"} {
@@ -53,7 +60,8 @@ func newEnv(t testing.TB) *env {
 	}
 	require.NoError(t, os.WriteFile(e.lower+"/etc/passwd", []byte("root:x:0:0::/root:/bin/sh\napp:x:33:44::/app:/bin/sh\n"), 0o644))
 	require.NoError(t, os.WriteFile(e.lower+"/etc/group", []byte("root:x:0:\napp:x:44:\nextra:x:55:app\n"), 0o644))
-	e.r, err = New(context.Background(), Config{RunscPath: runscPath(t), StateDir: filepath.Join(dir, "state")})
+	cfg.RunscPath, cfg.StateDir = runscPath(t), filepath.Join(dir, "state")
+	e.r, err = New(context.Background(), cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, e.r.Close()) })
 	return e
@@ -84,6 +92,12 @@ func (e *env) ok(step *sandbox.Step) string {
 	out, res := e.run(step)
 	require.Zero(e.t, res.ExitCode, out)
 	return out
+}
+
+// settle waits until what steps have left to the background is done.
+func (e *env) settle() {
+	e.r.pool.making.Wait()
+	e.r.pool.releasing.Wait()
 }
 
 func TestRunsOnGVisor(t *testing.T) {

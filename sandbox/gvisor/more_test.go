@@ -63,7 +63,7 @@ func TestParallelSteps(t *testing.T) {
 
 // TestCgroup gives every sandbox a cgroup below a parent.
 func TestCgroup(t *testing.T) {
-	e := newEnv(t)
+	e := newEnvWith(t, Config{Prepared: -1})
 	e.r.cfg.CgroupParent = fmt.Sprintf("kiln-gvisor-test-%d", os.Getpid())
 	defer func() {
 		for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
@@ -78,13 +78,14 @@ func TestCgroup(t *testing.T) {
 	step.Process.Stdout = nil
 	res, err := e.r.Run(context.Background(), step, func() {
 		for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/" + step.ID)
+			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/*")
 			found = append(found, dirs...)
 		}
 	})
 	require.NoError(t, err)
 	require.Zero(t, res.ExitCode)
 	require.NotEmpty(t, found)
+	e.settle()
 	for _, d := range found {
 		require.NoDirExists(t, d)
 	}

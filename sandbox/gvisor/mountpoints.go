@@ -32,6 +32,24 @@ func makeMountPoints(rootfs string, mounts []specs.Mount) error {
 	return nil
 }
 
+// resolveMountPoint returns where a mount point that exists really is: the sandbox
+// follows no symlinks on the way to one.
+func resolveMountPoint(rootfs, dest string) (string, error) {
+	h, err := pathrs.OpenInRoot(rootfs, dest)
+	if errors.Is(err, os.ErrNotExist) {
+		return dest, nil // below another mount
+	}
+	if err != nil {
+		return "", fmt.Errorf("resolve mount point %s: %w", dest, err)
+	}
+	defer h.Close()
+	at, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(h.Fd())))
+	if err != nil {
+		return "", fmt.Errorf("resolve mount point %s: %w", dest, err)
+	}
+	return path.Join("/", strings.TrimPrefix(at, rootfs)), nil
+}
+
 // maxLinks bounds the dangling symlinks on the way to one mount point.
 const maxLinks = 40
 

@@ -200,19 +200,44 @@ func (s *stdio) finish() {
 	s.host = nil
 }
 
-// runProcess runs the step's process.
+// runProcess starts the step's container, whose first process is the step's, and
+// waits until that ends.
 func (s *stepRun) runProcess(ctx context.Context, started func()) (*sandbox.Result, error) {
 	ended := make(chan struct{})
 	defer close(ended)
-	run := &running{ctl: s.ctl, rootfs: s.rootfs, noNewPrivs: s.noNewPrivs, ended: ended}
-	return run.process(ctx, &s.step.Process, s.ids, func(io *stdio) {
+	run := &running{ctl: s.box.ctl, rootfs: s.rootfs, noNewPrivs: s.noNewPrivs, ended: ended}
+	defer s.r.set(s.step.ID, nil)
+	return run.process(ctx, &s.step.Process, s.startContainer, func(io *stdio) {
 		s.copies = io
 		s.r.set(s.step.ID, run)
-		s.defers = append(s.defers, func() error { s.r.set(s.step.ID, nil); return nil })
 		if started != nil {
 			started()
 		}
 	})
+}
+
+// startContainer starts the step's container with the given streams. Its first
+// process is named by 0.
+func (s *stepRun) startContainer(ctx context.Context, guest []*os.File) (int32, error) {
+	args := startArgs{Spec: s.spec, CID: stepID, GoferMountConfs: s.confs}
+	files := append([]*os.File{}, guest...)
+	if s.step.Process.Terminal {
+		files = files[:1]
+	}
+	if s.overlaid() && !s.readonly {
+		store, err := s.filestore()
+		if err != nil {
+			return 0, err
+		}
+		defer store.Close()
+		args.NumGoferFilestoreFDs = 1
+		files = append(files, store)
+	}
+	files = append(files, s.conns...)
+	if len(files) > maxCallFiles {
+		return 0, fmt.Errorf("a step can have no more than %d mounts", maxCallFiles-8)
+	}
+	return 0, s.box.ctl.call(ctx, methodStart, args, files, nil)
 }
 
 // Exec implements sandbox.Runtime.
@@ -229,7 +254,8 @@ func (r *Runtime) Exec(ctx context.Context, stepID string, p sandbox.Process) (*
 		return nil, fmt.Errorf("gvisor: %w", err)
 	}
 	var streams *stdio
-	res, err := run.process(ctx, &p, ids, func(s *stdio) { streams = s })
+	start := func(ctx context.Context, guest []*os.File) (int32, error) { return run.exec(ctx, &p, ids, guest) }
+	res, err := run.process(ctx, &p, start, func(s *stdio) { streams = s })
 	if streams != nil {
 		streams.finish()
 	}
@@ -246,26 +272,31 @@ func (r *Runtime) Exec(ctx context.Context, stepID string, p sandbox.Process) (*
 	return res, nil
 }
 
-// process starts a process, calls started, and waits for its end. The caller of
-// started finishes the streams.
-func (r *running) process(ctx context.Context, p *sandbox.Process, ids sandbox.UserIDs, started func(*stdio)) (*sandbox.Result, error) {
-	spec := sandbox.ProcessSpec(*p, ids, r.noNewPrivs)
-	caps, err := capabilities(spec.Capabilities)
+// exec starts another process in the step's container and returns its ID.
+func (r *running) exec(ctx context.Context, p *sandbox.Process, ids sandbox.UserIDs, guest []*os.File) (int32, error) {
+	caps, err := capabilities(sandbox.ProcessSpec(*p, ids, r.noNewPrivs).Capabilities)
 	if err != nil {
-		return nil, err
-	}
-	streams, err := newStdio(p)
-	if err != nil {
-		return nil, fmt.Errorf("connect the process: %w", err)
+		return 0, err
 	}
 	args := execArgs{
 		Argv: p.Args, Envv: p.Env, WorkingDirectory: p.Cwd,
 		KUID: ids.UID, KGID: ids.GID, ExtraKGIDs: ids.Groups,
 		NoNewPrivileges: r.noNewPrivs, Capabilities: caps, StdioIsPty: p.Terminal,
-		GuestFDs: []int{0, 1, 2}, ContainerID: containerID,
+		GuestFDs: []int{0, 1, 2}, ContainerID: stepID,
 	}
 	var pid int32
-	err = r.ctl.call(ctx, methodExec, args, streams.guest, &pid)
+	err = r.ctl.call(ctx, methodExec, args, guest, &pid)
+	return pid, err
+}
+
+// process starts a process with start, calls started, and waits for its end. The
+// caller of started finishes the streams.
+func (r *running) process(ctx context.Context, p *sandbox.Process, start func(context.Context, []*os.File) (int32, error), started func(*stdio)) (*sandbox.Result, error) {
+	streams, err := newStdio(p)
+	if err != nil {
+		return nil, fmt.Errorf("connect the process: %w", err)
+	}
+	pid, err := start(ctx, streams.guest)
 	streams.closeGuest()
 	if err != nil {
 		streams.finish()
@@ -277,16 +308,20 @@ func (r *running) process(ctx context.Context, p *sandbox.Process, ids sandbox.U
 	var relay sync.WaitGroup
 	relay.Go(func() { r.relay(waitCtx, p, pid, streams) })
 	var status uint32
-	err = r.ctl.call(ctx, methodWait, waitArgs{PID: pid, CID: containerID}, nil, &status)
+	if pid == 0 {
+		err = r.ctl.call(ctx, methodWait, stepID, nil, &status)
+	} else {
+		err = r.ctl.call(ctx, methodWaitPID, waitArgs{PID: pid, CID: stepID}, nil, &status)
+	}
 	stop()
 	relay.Wait()
 	if err != nil {
-		if ctx.Err() != nil {
+		if ctx.Err() != nil && pid != 0 {
 			// A process of Exec ends with its context; that of a step with its
 			// sandbox.
 			killCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
-			_ = r.ctl.call(killCtx, methodSignal, signalArgs{CID: containerID, Signo: int32(unix.SIGKILL), PID: pid}, nil, nil)
+			_ = r.ctl.call(killCtx, methodSignal, signalArgs{CID: stepID, Signo: int32(unix.SIGKILL), PID: pid}, nil, nil)
 		}
 		return nil, err
 	}
@@ -333,5 +368,5 @@ func (r *running) relay(ctx context.Context, p *sandbox.Process, pid int32, stre
 
 // signal sends a signal; a process that has just ended is no error.
 func (r *running) signal(ctx context.Context, pid int32, sig syscall.Signal, mode int) {
-	_ = r.ctl.call(ctx, methodSignal, signalArgs{CID: containerID, Signo: int32(sig), PID: pid, Mode: mode}, nil, nil)
+	_ = r.ctl.call(ctx, methodSignal, signalArgs{CID: stepID, Signo: int32(sig), PID: pid, Mode: mode}, nil, nil)
 }

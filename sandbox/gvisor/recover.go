@@ -48,21 +48,24 @@ func (r *Runtime) recover(ctx context.Context) error {
 // they are known.
 func recordedPIDs(dir string) []int {
 	var pids []int
-	if data, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil {
+	for _, name := range []string{"pid", "files-pid"} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			continue
+		}
 		if pid, err := strconv.Atoi(string(bytes.TrimSpace(data))); err == nil {
 			pids = append(pids, pid)
 		}
 	}
 	if st, err := readState(filepath.Join(dir, "runsc")); err == nil {
-		pids = append(pids, st.Sandbox.PID, st.GoferPID)
+		pids = append(pids, st.Sandbox.PID)
 	}
 	return pids
 }
 
 // state is what runsc writes about a container, as far as it is needed.
 type state struct {
-	GoferPID int `json:"goferPid"`
-	Sandbox  struct {
+	Sandbox struct {
 		PID int `json:"pid"`
 	} `json:"sandbox"`
 }
@@ -82,22 +85,43 @@ func readState(runscRoot string) (state, error) {
 // killOurs kills a process whose command line names dir, and waits until it is
 // gone. A process that has another one's ID now is left alone.
 func killOurs(ctx context.Context, pid int, dir string) error {
+	fd, err := killNamed(pid, dir)
+	if fd < 0 || err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return waitPidfd(ctx, fd, pid)
+}
+
+// signalOurs is killOurs without the wait.
+func signalOurs(pid int, dir string) error {
+	fd, err := killNamed(pid, dir)
+	if fd >= 0 {
+		unix.Close(fd)
+	}
+	return err
+}
+
+// killNamed kills a process whose command line names dir and returns a descriptor
+// of it, or less than 0 when there is none such.
+func killNamed(pid int, dir string) (int, error) {
 	if pid <= 1 {
-		return nil
+		return -1, nil
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return nil // gone
+		return -1, nil // gone
 	}
-	defer unix.Close(fd)
 	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !strings.Contains(string(cmdline), dir+"/") {
-		return nil
+		unix.Close(fd)
+		return -1, nil
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("kill process %d: %w", pid, err)
+		unix.Close(fd)
+		return -1, fmt.Errorf("kill process %d: %w", pid, err)
 	}
-	return waitPidfd(ctx, fd, pid)
+	return fd, nil
 }
 
 // waitPidfd waits until the process behind fd has ended.

@@ -1,12 +1,11 @@
 package gvisor
 
 import (
-	"encoding/json"
 	"fmt"
-	"net/netip"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,18 +16,78 @@ import (
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 )
 
-// prepareMounts shows the step's mounts on the node and returns them for the
-// spec, with /etc/hosts and /etc/resolv.conf.
-func (s *stepRun) prepareMounts(nameservers []netip.Addr) ([]specs.Mount, error) {
+// usualDirs and usualFiles are the places for mounts of the usual sandbox; two of
+// the files are /etc/hosts and /etc/resolv.conf.
+const usualDirs, usualFiles = 6, 6
+
+// usual is the kind of sandbox that is kept ready.
+func usual(network sandbox.NetworkMode) kind {
+	return kind{network: network, hostname: sandbox.DefaultHostname, dirs: usualDirs, files: usualFiles}
+}
+
+// kindOf tells what kind of sandbox a step needs.
+func kindOf(step *sandbox.Step) kind {
+	k := usual(step.Network)
+	if step.Hostname != "" {
+		k.hostname = step.Hostname
+	}
+	// What is a directory and what is a file shows only when it is mounted.
+	mounts := 1 // a root that is written through
+	for _, m := range step.Mounts {
+		k.sockets = k.sockets || m.Socket
+		if m.Tree.Tmpfs == nil {
+			mounts++
+		}
+	}
+	for k.dirs < mounts || k.files < mounts+1 {
+		k.dirs, k.files = 2*k.dirs, 2*k.files
+	}
+	return k
+}
+
+// prepare mounts what the step sees and makes the spec of its container.
+func (s *stepRun) prepare() (err error) {
+	if err := s.mountRoot(); err != nil {
+		return fmt.Errorf("root: %w", err)
+	}
+	if s.ids, err = sandbox.ResolveUser(s.rootfs, s.step.Process.User); err != nil {
+		return err
+	}
+	s.noNewPrivs = !sandbox.NeedsSetuid(s.rootfs)
+	mounts, err := s.prepareMounts()
+	if err != nil {
+		return err
+	}
+	if !s.overlaid() {
+		// The mount points are made in the tree itself.
+		var dests []string
+		for _, m := range mounts {
+			dests = append(dests, m.Destination)
+		}
+		stubs := sandbox.RecordStubs(s.step.Root, dests)
+		s.defers = append([]func() error{stubs.Remove}, s.defers...)
+	}
+	if err := s.makeSpec(mounts); err != nil {
+		return err
+	}
+	if err := s.showRoot(); err != nil {
+		return fmt.Errorf("root: %w", err)
+	}
+	return s.showMounts()
+}
+
+// prepareMounts mounts the step's mounts where the node sees them and returns
+// them for the spec, with /etc/hosts and /etc/resolv.conf.
+func (s *stepRun) prepareMounts() ([]specs.Mount, error) {
 	var mounts []specs.Mount
-	etc, err := sandbox.WriteEtcFiles(s.tmp, s.step, nameservers)
+	etc, err := sandbox.WriteEtcFiles(s.box.tmp, s.step, netNameservers(s.box.net))
 	if err != nil {
 		return nil, err
 	}
 	for _, dest := range []string{"/etc/hosts", "/etc/resolv.conf"} {
 		mounts = append(mounts, specs.Mount{Destination: dest, Type: "bind", Source: etc[dest], Options: []string{"bind", "ro"}})
 	}
-	dir := filepath.Join(s.tmp, "mounts")
+	dir := filepath.Join(s.box.tmp, "mounts")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -59,13 +118,11 @@ func (s *stepRun) prepareMounts(nameservers []netip.Addr) ([]specs.Mount, error)
 	return mounts, nil
 }
 
-// writeSpec writes the bundle of the sandbox. Its first process is the pause
-// program; it has the step's working directory so that the sandbox makes that.
-func (s *stepRun) writeSpec(netns string, mounts []specs.Mount) error {
-	init := sandbox.Process{Args: []string{"pause"}, Cwd: s.step.Process.Cwd, Rlimits: s.step.Process.Rlimits}
-	spec := sandbox.BaseSpec(s.step, init, sandbox.UserIDs{}, netns, true)
-	spec.Process.Capabilities = &specs.LinuxCapabilities{}
-	spec.Root.Path = s.rootfs
+// makeSpec makes the spec of the step's container, and the mount points in its
+// root.
+func (s *stepRun) makeSpec(mounts []specs.Mount) error {
+	spec := sandbox.BaseSpec(s.step, s.step.Process, s.ids, "", s.noNewPrivs)
+	spec.Root.Path = "/"
 	spec.Root.Readonly = s.readonly
 	// The sandbox has a kernel of its own; the node's filter list means nothing
 	// there and costs time on every call.
@@ -77,17 +134,8 @@ func (s *stepRun) writeSpec(netns string, mounts []specs.Mount) error {
 	if err := s.placeMounts(spec, mounts); err != nil {
 		return err
 	}
-	if parent := s.r.cfg.CgroupParent; parent != "" {
-		spec.Linux.CgroupsPath = path.Join("/", parent, s.step.ID)
-	}
-	data, err := json.Marshal(spec)
-	if err != nil {
-		return fmt.Errorf("encode the runtime spec: %w", err)
-	}
-	if err := os.Mkdir(s.bundle(), 0o700); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(s.bundle(), "config.json"), data, 0o600)
+	s.spec = spec
+	return nil
 }
 
 // placeMounts adds the step's mounts and makes the mount points of all.
@@ -104,11 +152,42 @@ func (s *stepRun) placeMounts(spec *specs.Spec, mounts []specs.Mount) error {
 			all = append(all, m)
 		}
 	}
-	spec.Mounts = append(spec.Mounts, mounts...)
-	return makeMountPoints(s.rootfs, all)
+	if err := makeMountPoints(s.rootfs, all); err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		var err error
+		if m.Destination, err = resolveMountPoint(s.rootfs, m.Destination); err != nil {
+			return err
+		}
+		spec.Mounts = append(spec.Mounts, m)
+	}
+	return nil
 }
 
-func (s *stepRun) bundle() string { return filepath.Join(s.tmp, "bundle") }
+// showMounts shows the bind mounts of the spec to the sandbox, in their order.
+func (s *stepRun) showMounts() error {
+	for i := range s.spec.Mounts {
+		m := &s.spec.Mounts[i]
+		if m.Type != "bind" {
+			continue
+		}
+		st, err := os.Lstat(m.Source)
+		if err != nil {
+			return err
+		}
+		at, err := s.box.files.take(!st.IsDir())
+		if err != nil {
+			return fmt.Errorf("mount at %s: %w", m.Destination, err)
+		}
+		if err := s.show(m.Source, at, slices.Contains(m.Options, "ro")); err != nil {
+			return fmt.Errorf("mount at %s: %w", m.Destination, err)
+		}
+		s.conns, s.confs = append(s.conns, at.conn), append(s.confs, mountConf{lowerServed, upperNone})
+		m.Source = "/"
+	}
+	return nil
+}
 
 // capabilityBits turns names into the mask that the sandbox takes.
 var capabilityNumbers = map[string]uint{

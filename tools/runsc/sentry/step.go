@@ -1,0 +1,128 @@
+// Copyright The kiln Authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+package boot
+
+// This file is kiln's addition to runsc. The build puts it beside the files of
+// this package; nothing of gVisor is changed. It adds methods to the control
+// server of a sandbox: a container whose root file system outlives its processes,
+// so that what a step wrote can be taken out after the step has ended.
+
+import (
+	"errors"
+	"fmt"
+	gcdebug "runtime/debug"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/sentry/vfs"
+	"gvisor.dev/gvisor/pkg/urpc"
+)
+
+// stepRoots holds the mount namespaces of the containers that StepStart started,
+// by container ID.
+var stepRoots struct {
+	mu    sync.Mutex
+	byCID map[string]*vfs.MountNamespace
+}
+
+// StepVersion is what the caller checks before it relies on these methods. It
+// changes with their arguments.
+const StepVersion = 1
+
+// StepProbe tells StepVersion.
+func (cm *containerManager) StepProbe(_ *struct{}, version *int) error {
+	*version = StepVersion
+	return nil
+}
+
+// StepStartArgs are the arguments of StepStart: those of StartSubcontainer, whose
+// Conf is taken from the sandbox. With a terminal, its file is the first.
+type StepStartArgs struct {
+	StartArgs
+}
+
+// StepStart creates and starts a container and keeps its file systems until
+// StepLayer or the end of the sandbox.
+func (cm *containerManager) StepStart(args *StepStartArgs, _ *struct{}) error {
+	if args.Spec == nil || args.Spec.Process == nil {
+		return errors.New("step has no spec")
+	}
+	// Starting a sandbox makes much garbage that is worth no collection; from here
+	// on the limit is Go's own.
+	gcdebug.SetGCPercent(100)
+	create := CreateArgs{CID: args.CID}
+	if args.Spec.Process.Terminal {
+		if len(args.Files) == 0 {
+			return errors.New("step has no terminal")
+		}
+		create.FilePayload = urpc.FilePayload{Files: args.Files[:1]}
+		args.Files = args.Files[1:]
+	}
+	if err := cm.CreateSubcontainer(&create, nil); err != nil {
+		return err
+	}
+	// The process must not end before its file systems are held.
+	cm.l.k.Pause()
+	defer cm.l.k.Unpause()
+	args.Conf = cm.l.root.conf
+	if err := cm.StartSubcontainer(&args.StartArgs, nil); err != nil {
+		return err
+	}
+	tg, err := cm.l.threadGroupFromID(execID{cid: args.CID})
+	if err != nil {
+		return err
+	}
+	mntns := tg.Leader().MountNamespace()
+	if mntns == nil || !mntns.TryIncRef() {
+		return fmt.Errorf("file systems of container %q are gone", args.CID)
+	}
+	stepRoots.mu.Lock()
+	defer stepRoots.mu.Unlock()
+	if stepRoots.byCID == nil {
+		stepRoots.byCID = map[string]*vfs.MountNamespace{}
+	}
+	stepRoots.byCID[args.CID] = mntns
+	return nil
+}
+
+// StepLayerArgs are the arguments of StepLayer.
+type StepLayerArgs struct {
+	CID string
+	// FilePayload has the file to write to.
+	urpc.FilePayload
+}
+
+// StepLayer stops everything that runs in the sandbox, for good, and writes what
+// the container changed in its root file system.
+func (cm *containerManager) StepLayer(args *StepLayerArgs, _ *struct{}) error {
+	if len(args.Files) != 1 {
+		return errors.New("want one file to write to")
+	}
+	stepRoots.mu.Lock()
+	mntns := stepRoots.byCID[args.CID]
+	delete(stepRoots.byCID, args.CID)
+	stepRoots.mu.Unlock()
+	if mntns == nil {
+		return fmt.Errorf("container %q was not started with StepStart", args.CID)
+	}
+	cm.l.k.Pause()
+	ctx := cm.l.k.SupervisorContext()
+	root := mntns.Root(ctx)
+	defer root.DecRef(ctx)
+	ts, ok := root.Mount().Filesystem().Impl().(vfs.TarSerializer)
+	if !ok {
+		return errors.New("root file system is not an overlay")
+	}
+	return ts.TarUpperLayer(ctx, args.Files[0])
+}
