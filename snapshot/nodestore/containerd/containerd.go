@@ -25,6 +25,8 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/kiln-build/kiln/snapshot/nodestore"
@@ -165,7 +167,7 @@ func (n *Node) Probe(ctx context.Context, blobs ...digest.Digest) (map[digest.Di
 func (n *Node) defaultSnapshotter(ctx context.Context) (string, error) {
 	resp, err := n.images.ImageFsInfo(ctx, &runtimev1.ImageFsInfoRequest{})
 	if err != nil {
-		return "", n.failed("ask for the snapshotter", errgrpc.ToNative(err))
+		return "", n.failed("ask for the snapshotter", err)
 	}
 	for _, fs := range resp.GetImageFilesystems() {
 		if name, ok := strings.CutPrefix(path.Base(fs.GetFsId().GetMountpoint()), snapshotterPrefix); ok {
@@ -178,6 +180,9 @@ func (n *Node) defaultSnapshotter(ctx context.Context) (string, error) {
 
 // failed says what could not be done with which daemon, and what to look at.
 func (n *Node) failed(what string, err error) error {
+	if s, ok := status.FromError(err); ok && s.Code() != codes.Unknown {
+		err = errgrpc.ToNative(err) // some of containerd's clients do not
+	}
 	switch {
 	case errdefs.IsUnavailable(err):
 		return fmt.Errorf("%s: containerd at %s does not answer; is it running?: %w", what, n.socket, err)

@@ -63,6 +63,7 @@ func startDaemon(t *testing.T, imageConfig string) *daemon {
 			t.Logf("containerd:\n%s", log[max(0, len(log)-8000):])
 		}
 		require.NoError(t, os.RemoveAll(dir))
+		requireNothingOf(t, dir)
 	})
 	config := fmt.Sprintf(`version = 3
 root = %[1]q
@@ -125,6 +126,24 @@ func (d *daemon) start() {
 		_, err := d.images.ListImages(ctx, &runtimev1.ListImagesRequest{})
 		return err == nil
 	}, 30*time.Second, 20*time.Millisecond, "containerd does not answer")
+}
+
+// requireNothingOf fails when a process or a mount of the daemon in dir is left.
+func requireNothingOf(t *testing.T, dir string) {
+	t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	require.NoError(t, err)
+	require.NotContains(t, string(mounts), dir)
+	left := func() (all []string) {
+		procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, p := range procs {
+			if cmdline, err := os.ReadFile(p); err == nil && strings.Contains(string(cmdline), dir) {
+				all = append(all, string(cmdline))
+			}
+		}
+		return all
+	}
+	require.Eventually(t, func() bool { return len(left()) == 0 }, 5*time.Second, 50*time.Millisecond, "processes are left")
 }
 
 // stop ends containerd; a second call does nothing.

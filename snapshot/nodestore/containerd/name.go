@@ -9,7 +9,6 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/distribution/reference"
 	digest "github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
@@ -119,7 +118,7 @@ func (n *Node) waitForCRI(ctx context.Context, name string, target ocispecs.Desc
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			return n.failed("ask the CRI for the image", errgrpc.ToNative(err))
+			return n.failed("ask the CRI for the image", err)
 		}
 		if resp.GetImage().GetId() == id.String() {
 			return nil

@@ -29,7 +29,12 @@ func (n *Node) Receive(ctx context.Context, image nodestore.Image) (_ digest.Dig
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, n.deleteLease(ctx, lease, err != nil)) }()
+	defer func() {
+		if err != nil && ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+		err = errors.Join(err, n.deleteLease(ctx, lease, err != nil))
+	}()
 
 	if err := n.copyTree(ctx, image.Content, target, lease.ID); err != nil {
 		return "", fmt.Errorf("receive %s: %w", image.Name, err)
