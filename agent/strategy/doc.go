@@ -1,0 +1,41 @@
+// Package strategy turns a BuildSpec into what BuildKit's client runs.
+//
+// Validate says everything that is wrong with a spec, by field, and needs nothing
+// but the spec. New makes a Plan of a valid one. Neither opens a connection or
+// writes a file; what a plan needs from the network is fetched by the engine when
+// the plan runs.
+//
+// The package promises that:
+//
+//   - no spec makes it panic, and a spec that Validate accepts makes a plan;
+//   - credentials stay in memory, are served to the session of the plan only, and
+//     end with it. A git credential has a name that no Dockerfile can guess, so a
+//     step cannot mount what fetched its source;
+//   - a path of a spec never leads out of the source, image or workspace that it
+//     is in, whatever symbolic links are there;
+//   - what a spec does not name is not fetched, run, read or exported.
+//
+// # Sources
+//
+// A source is one state of LLB: the main part, the paths of images copied over it
+// in order, and then the context directory taken out. It is the input of the
+// Dockerfile front end, or the first content of /workspace.
+//
+// Git URLs are https://, ssh:// or user@host:path; http:// is accepted for
+// loopback addresses, as it is of registries. What a loopback address may reach is
+// the engine's decision, as for every URL. An SSH URL needs a credential with
+// known hosts: nothing is learnt from the network. Submodules are fetched, and .git
+// is not kept unless the build argument BUILDKIT_CONTEXT_KEEP_GIT_DIR is 1.
+// A .dockerignore file of a source has no effect, as with any remote context of
+// BuildKit; whoever uploads an archive applies it first.
+//
+// # Steps
+//
+// /workspace is a directory of its own that every step gets as the one before left
+// it. It belongs to root: a step of another user can read what it did not make. A
+// step's secrets are files that only its user reads, or variables. A cache is the
+// one that `RUN --mount=type=cache,id=…` of the same tenant has, and is shared by
+// builds that run at the same time; the directory of a step that does not run as
+// root is another one, that everyone may write to. A step's timeout counts from the
+// end of the step before it and includes fetching its image.
+package strategy
