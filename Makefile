@@ -47,7 +47,10 @@ $(KUBERNETES) &: tools/kubernetes/go.mod tools/kubernetes/go.sum
 $(CONTAINERD) &: tools/containerd/go.mod tools/containerd/go.sum
 	tools/build-cached containerd $(BIN)
 
-cluster-tools: deps $(BIN)/runc $(KUBERNETES) $(CONTAINERD) ## Build the programs of the test cluster
+$(BIN)/coredns: tools/coredns/go.mod tools/coredns/go.sum tools/coredns/main.go
+	tools/build-cached coredns $(BIN)
+
+cluster-tools: deps $(BIN)/runc $(KUBERNETES) $(CONTAINERD) $(BIN)/coredns ## Build the programs of the test cluster
 
 cluster-up: cluster-tools ## Start a Kubernetes cluster on this machine (CLUSTER_ARGS="-dir DIR -nodes N")
 	@$(GO) run ./test/cluster/kilncluster $(CLUSTER_ARGS) up

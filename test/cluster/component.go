@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// Names of components, for Machine.Component. The first five run on the control
+// Names of components, for Machine.Component. The first six run on the control
 // plane, the others on every node.
 const (
 	Etcd              = "etcd"
@@ -18,6 +18,7 @@ const (
 	ControllerManager = "kube-controller-manager"
 	Scheduler         = "kube-scheduler"
 	Registry          = "registry"
+	DNS               = "coredns"
 
 	Containerd = "containerd"
 	Kubelet    = "kubelet"

@@ -11,9 +11,10 @@ import (
 )
 
 const (
-	apiPort      = 6443
-	registryPort = 5000
-	etcdURL      = "http://127.0.0.1:2379"
+	apiPort       = 6443
+	registryPort  = 5000
+	clusterDomain = "cluster.local"
+	etcdURL       = "http://127.0.0.1:2379"
 
 	adminUser  = "kubernetes-admin"
 	adminGroup = "system:masters"
@@ -54,7 +55,24 @@ func (c *Cluster) writeControlFiles(a addresses) (*authority, error) {
 			return nil, err
 		}
 	}
+	if err := c.writeNameServerConfig(a); err != nil {
+		return nil, err
+	}
 	return ca, c.writeRegistryConfig()
+}
+
+func (c *Cluster) nameServerConfig() string { return filepath.Join(c.dir, "Corefile") }
+
+// writeNameServerConfig makes the control plane the name server of the cluster's
+// names, and of no others.
+func (c *Cluster) writeNameServerConfig(a addresses) error {
+	return writeFile(c.nameServerConfig(), fmt.Sprintf(`%s:53 {
+	bind %s
+	errors
+	kubernetes {
+		kubeconfig %s
+	}
+}`, clusterDomain, a.control(), c.Kubeconfig()))
 }
 
 func (c *Cluster) registryConfig() string { return filepath.Join(c.dir, "registry.yml") }
@@ -129,6 +147,10 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 		"--bind-address=127.0.0.1",
 		"--leader-elect=false",
 		"--profiling=false")
+	if err != nil {
+		return err
+	}
+	err = c.Control().run(ctx, DNS, "coredns", "-conf="+c.nameServerConfig())
 	if err != nil {
 		return err
 	}

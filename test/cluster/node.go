@@ -118,6 +118,8 @@ func (c *Cluster) kubeletConfig(n *Machine) map[string]any {
 		"authorization":     map[string]any{"mode": "Webhook"},
 		"tlsCertFile":       nodeConfig + "/kubelet.crt",
 		"tlsPrivateKeyFile": nodeConfig + "/kubelet.key",
+		"clusterDNS":        []string{c.Control().address.String()},
+		"clusterDomain":     clusterDomain,
 		"resolvConf":        nodeConfig + "/resolv.conf",
 		"volumePluginDir":   nodeConfig + "/volume-plugins",
 		"cgroupRoot":        c.group.path(n.name),

@@ -15,7 +15,7 @@ import (
 
 // programs are what has to be in Config.Bin.
 var programs = []string{
-	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet",
+	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "coredns",
 	"containerd", "containerd-shim-runc-v2", "runc", "ptp", "host-local", "portmap",
 }
 
