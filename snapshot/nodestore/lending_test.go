@@ -216,6 +216,51 @@ func status(code int) func(http.ResponseWriter, *http.Request) bool {
 	}
 }
 
+// TestPrivateImageIsLentToWhomTheRegistryKnows has a registry that asks for a
+// password, as a pull with and without it sees it.
+func TestPrivateImageIsLentToWhomTheRegistryKnows(t *testing.T) {
+	r, node := newRegistry(t), newMemory()
+	layer := r.add("a private layer")
+	repo := r.host() + "/private"
+	node.add(repo, layer.Digest, r.blobs[layer.Digest])
+	r.answer = func(w http.ResponseWriter, req *http.Request) bool {
+		if _, password, ok := req.BasicAuth(); ok && password == "right" {
+			return false
+		}
+		w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	}
+	for password, want := range map[string]int{"right": 1, "wrong": 0} {
+		base := &http.Transport{}
+		defer base.CloseIdleConnections()
+		client := &http.Client{Transport: base}
+		authorizer := docker.NewDockerAuthorizer(docker.WithAuthClient(client), docker.WithAuthCreds(func(string) (string, string, error) { return "user", password, nil }))
+		hosts := docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost), docker.WithClient(client), docker.WithAuthorizer(authorizer))
+		fetcher, err := docker.NewResolver(docker.ResolverOptions{Hosts: Lending(hosts, node, nil)}).Fetcher(context.Background(), repo+":1")
+		require.NoError(t, err)
+		before, _ := node.counts()
+		var data []byte
+		rc, err := fetcher.Fetch(context.Background(), layer)
+		if err == nil {
+			data, err = io.ReadAll(rc)
+			rc.Close()
+		}
+		after, holding := node.counts()
+		require.Equal(t, want, after-before, password)
+		require.Zero(t, holding)
+		if password == "right" {
+			require.NoError(t, err)
+			require.Equal(t, "a private layer", string(data))
+		} else {
+			require.Error(t, err)
+			require.Empty(t, data)
+		}
+	}
+	_, sent := r.log()
+	require.Zero(t, sent)
+}
+
 func TestCorruptCopyFailsOnceAndIsThenFetched(t *testing.T) {
 	r, node := newRegistry(t), newMemory()
 	layer := r.add("the layer")

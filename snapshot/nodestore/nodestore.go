@@ -75,7 +75,8 @@ type Node interface {
 //	held → released
 //
 // Its provider serves the blobs of the held images alone, and fails with NotFound
-// for any other. A runtime may have discarded the blobs of layers that it
+// for any other. A read may be a call to the runtime's process, so reads of a
+// megabyte are much faster than small ones. A runtime may have discarded the blobs of layers that it
 // unpacked; then Layers still has them, as directories. All methods may be called
 // concurrently.
 type Hold interface {

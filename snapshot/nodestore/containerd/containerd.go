@@ -169,11 +169,10 @@ func (n *Node) defaultSnapshotter(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", n.failed("ask for the snapshotter", err)
 	}
-	for _, fs := range resp.GetImageFilesystems() {
-		if name, ok := strings.CutPrefix(path.Base(fs.GetFsId().GetMountpoint()), snapshotterPrefix); ok {
+	if all := resp.GetImageFilesystems(); len(all) > 0 {
+		if name, ok := strings.CutPrefix(path.Base(all[0].GetFsId().GetMountpoint()), snapshotterPrefix); ok {
 			return name, nil
 		}
-		break
 	}
 	return "", fmt.Errorf("containerd at %s does not tell its snapshotter; set it in the configuration: %w", n.socket, errdefs.ErrFailedPrecondition)
 }

@@ -31,7 +31,7 @@ func bin(t *testing.T, name string) string {
 	path, err := filepath.Abs(filepath.Join("..", "..", "..", "bin", name))
 	require.NoError(t, err)
 	_, err = os.Stat(path)
-	require.NoError(t, err, "run `make build` and `make bin/%s`", name)
+	require.NoError(t, err, "run `make build cluster-tools`")
 	return path
 }
 
@@ -101,7 +101,19 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.bt
 	return d
 }
 
+// start starts containerd and waits for its CRI.
 func (d *daemon) start() {
+	d.t.Helper()
+	d.launch()
+	require.Eventually(d.t, func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_, err := d.images.ListImages(ctx, &runtimev1.ListImagesRequest{})
+		return err == nil
+	}, 30*time.Second, 20*time.Millisecond, "containerd does not answer")
+}
+
+func (d *daemon) launch() {
 	d.t.Helper()
 	log, err := os.OpenFile(d.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	require.NoError(d.t, err)
@@ -120,12 +132,6 @@ func (d *daemon) start() {
 	require.NoError(d.t, err)
 	conn := d.client.Conn().(*grpc.ClientConn)
 	d.runtime, d.images = runtimev1.NewRuntimeServiceClient(conn), runtimev1.NewImageServiceClient(conn)
-	require.Eventually(d.t, func() bool {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		_, err := d.images.ListImages(ctx, &runtimev1.ListImagesRequest{})
-		return err == nil
-	}, 30*time.Second, 20*time.Millisecond, "containerd does not answer")
 }
 
 // requireNothingOf fails when a process or a mount of the daemon in dir is left.

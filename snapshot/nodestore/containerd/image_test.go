@@ -69,8 +69,9 @@ func (b *builder) layer(files ...file) (ocispecs.Descriptor, digest.Digest) {
 		require.NoError(b.t, err)
 	}
 	require.NoError(b.t, tw.Close())
-	gz := gzip.NewWriter(&packed)
-	_, err := gz.Write(plain.Bytes())
+	gz, err := gzip.NewWriterLevel(&packed, gzip.BestSpeed)
+	require.NoError(b.t, err)
+	_, err = gz.Write(plain.Bytes())
 	require.NoError(b.t, err)
 	require.NoError(b.t, gz.Close())
 	return b.put(ocispecs.MediaTypeImageLayerGzip, packed.Bytes()), digest.FromBytes(plain.Bytes())

@@ -12,13 +12,17 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
+	ctdreference "github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/util/contentutil"
+	"github.com/moby/buildkit/util/pull"
+	"github.com/moby/buildkit/util/resolver"
 	digest "github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/stretchr/testify/require"
@@ -186,7 +190,8 @@ func TestHoldsOfAKilledProcessAreRemoved(t *testing.T) {
 	require.Equal(t, before, d.holdings())
 }
 
-// TestPullTakesBlobsFromTheNode pulls as a build does, and counts at the registry.
+// TestPullTakesBlobsFromTheNode pulls with BuildKit's puller, as a build does, and
+// counts at the registry.
 func TestPullTakesBlobsFromTheNode(t *testing.T) {
 	d, r, b := startDaemon(t, ""), startRegistry(t), newBuilder(t)
 	img := b.busybox("hello")
@@ -196,21 +201,23 @@ func TestPullTakesBlobsFromTheNode(t *testing.T) {
 	before := d.holdings()
 	r.forget()
 
-	client, done := plainClient()
-	defer done()
-	hosts := docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost), docker.WithClient(client))
 	var loans []nodestore.Loan
-	hosts = nodestore.Lending(hosts, d.node("test"), func(l nodestore.Loan) { loans = append(loans, l) })
+	hosts := nodestore.Lending(resolver.NewRegistryConfig(nil), d.node("test"), func(l nodestore.Loan) { loans = append(loans, l) })
 	store, err := local.NewStore(t.TempDir())
 	require.NoError(t, err)
-	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
-	name, desc, err := resolver.Resolve(t.Context(), ref)
+	src, err := ctdreference.Parse(ref)
 	require.NoError(t, err)
-	fetcher, err := resolver.Fetcher(t.Context(), name)
+	sessions, err := session.NewManager()
 	require.NoError(t, err)
+	from := resolver.NewPool().GetResolver(hosts, ref, resolver.ScopeType{}, sessions, nil)
+	puller := pull.Puller{ContentStore: labelled{store}, Resolver: from, Src: src, Platform: platforms.DefaultSpec()}
 	started := time.Now()
-	handler := images.Handlers(remotes.FetchHandler(store, fetcher), images.ChildrenHandler(store))
-	require.NoError(t, images.Walk(t.Context(), handler, desc))
+	pulled, err := puller.PullManifests(t.Context(), func(g session.Group) remotes.Resolver { return from.WithSession(g) })
+	require.NoError(t, err)
+	require.Len(t, pulled.Descriptors, 2)
+	for _, desc := range pulled.Descriptors {
+		require.NoError(t, contentutil.Copy(t.Context(), store, pulled.Provider(nil), desc, ref, func([]byte) {}))
+	}
 	t.Logf("pulled in %s", time.Since(started))
 
 	for _, desc := range append(slices.Clone(img.layers), img.config, img.manifest) {
@@ -229,6 +236,14 @@ func TestPullTakesBlobsFromTheNode(t *testing.T) {
 		require.NoError(t, l.Err)
 	}
 	require.Equal(t, before, d.holdings())
+}
+
+// labelled takes the labels that a puller sets, which a store without a database
+// does not.
+type labelled struct{ content.Store }
+
+func (labelled) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
+	return info, nil
 }
 
 func TestLendRefusals(t *testing.T) {
