@@ -120,6 +120,17 @@ func (b *builder) busybox(command ...string) image {
 	return img
 }
 
+// small builds an image of one file.
+func (b *builder) small(text string) ocispecs.Descriptor {
+	b.t.Helper()
+	layer, diffID := b.layer(file{"text", 0o644, []byte(text)})
+	platform := platforms.DefaultSpec()
+	config := b.putJSON(ocispecs.MediaTypeImageConfig, ocispecs.Image{Platform: platform, RootFS: ocispecs.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}}})
+	return b.putJSON(ocispecs.MediaTypeImageManifest, ocispecs.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispecs.MediaTypeImageManifest, Config: config, Layers: []ocispecs.Descriptor{layer},
+	})
+}
+
 // blobs lists everything of the image that a node gets.
 func (i image) blobs() []ocispecs.Descriptor {
 	return append([]ocispecs.Descriptor{i.target, i.manifest, i.config}, i.layers...)

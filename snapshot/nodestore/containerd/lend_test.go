@@ -263,6 +263,7 @@ func TestLendRefusals(t *testing.T) {
 		r.addr + "/team":      errdefs.IsNotFound,
 		r.addr + "/team/bas.": nil,
 		strings.Replace(repo, "127.0.0.1", "127a0.0.1", 1):                      errdefs.IsNotFound,
+		r.addr + "/team/b.se":                                                   errdefs.IsNotFound,
 		"other.example/team/base":                                               errdefs.IsNotFound,
 		repo + "@" + private.manifest.Digest.String():                           errdefs.IsNotFound,
 		repo + "@" + img.layers[0].Digest.String():                              errdefs.IsNotFound,

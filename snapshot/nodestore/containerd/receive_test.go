@@ -3,6 +3,7 @@ package containerd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -64,6 +65,14 @@ func TestKubeletSeesWhatWasReceived(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, id, again)
 	require.Equal(t, before, d.holdings())
+
+	// It is there as soon as it has been received, every time.
+	for i := range 20 {
+		small := b.small(fmt.Sprint(i))
+		id, err := n.Receive(t.Context(), nodestore.Image{Name: parsed(t, "small"), Target: small, Content: b.store})
+		require.NoError(t, err)
+		require.Equal(t, id.String(), d.status("small").GetId())
+	}
 
 	// A restarted containerd finds it too.
 	d.stop()
