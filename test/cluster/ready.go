@@ -38,6 +38,7 @@ func (c *Cluster) client() (*kubernetes.Clientset, func(), error) {
 		return nil, nil, err
 	}
 	cfg.Timeout = 5 * time.Second
+	cfg.QPS = -1 // no limit
 	hc, err := rest.HTTPClientFor(cfg)
 	if err != nil {
 		return nil, nil, err
