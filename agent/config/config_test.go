@@ -119,6 +119,9 @@ func TestRefused(t *testing.T) {
 		{"host network", head + "tenants: {defaults: {network: host}}\n", "tenants.defaults.network"},
 		{"timeout above the most", head + "tenants: {defaults: {defaultTimeout: 2h, maxTimeout: 1h}}\n", "tenants.defaults.defaultTimeout"},
 		{"resources above the most", head + "tenants: {defaults: {defaultResources: {memory: 2Gi}, maxResources: {memory: 1Gi}}}\n", "tenants.defaults.defaultResources.memory"},
+		{"more builds of a tenant than of all", head + "records: {maxBuilds: 10, maxBuildsPerTenant: 11}\n", "records.maxBuildsPerTenant"},
+		{"clients that are neither", head + "tenants: {defaults: {buildKitClients: \"yes\"}}\n", "tenants.defaults.buildKitClients"},
+		{"image on the node with a tag", head + "tenants: {defaults: {nodeImages: [\"a/b:c\"]}}\n", "tenants.defaults.nodeImages[0]"},
 		{"registry that is a URL", head + "tenants: {defaults: {registries: {push: [\"https://a\"]}}}\n", "tenants.defaults.registries.push[0]"},
 		{"registry with dots in its path", head + "tenants: {defaults: {registries: {pull: [\"a/../b\"]}}}\n", "tenants.defaults.registries.pull[0]"},
 	}
@@ -195,4 +198,23 @@ func FuzzDecode(f *testing.F) {
 		require.NoError(t, err, "%s", out)
 		require.Equal(t, c, again)
 	})
+}
+
+func TestBuildKitClientsAreHeldToPolicy(t *testing.T) {
+	tests := map[string]bool{
+		"{}":                                      true,
+		"{sandboxes: [userns]}":                   true,
+		"{network: none}":                         false,
+		"{maxResources: {memory: 1Gi}}":           false,
+		"{registries: {push: [a.example.com]}}":   false,
+		"{network: none, buildKitClients: allow}": true,
+		"{buildKitClients: deny}":                 false,
+	}
+	for policy, want := range tests {
+		c, err := load(head + "tenants: {overrides: {a: " + policy + "}}\n")
+		require.NoError(t, err, policy)
+		got, why := c.Policy("a").AllowsBuildKit()
+		require.Equal(t, want, got, policy)
+		require.Equal(t, want, why == "", policy)
+	}
 }

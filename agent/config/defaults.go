@@ -20,6 +20,7 @@ func (c *Agent) setDefaults() {
 		c.Sandboxes.Enabled = []string{"gvisor", "userns"}
 	}
 	fill(&c.Builds.QueueLimit, 100)
+	fill(&c.Builds.MinFreeDisk, "2Gi")
 	fill(&c.Builds.DrainTimeout, "10m")
 	fill(&c.Resources.CPU, Auto)
 	fill(&c.Resources.Memory, Auto)
@@ -33,15 +34,24 @@ func (c *Agent) setDefaults() {
 			p.DefaultTimeout = p.MaxTimeout
 		}
 	}
-	fill(&p.DefaultResources.PIDs, 4096)
+	fill(&p.BuildKitClients, BuildKitAuto)
+	if p.DefaultResources.PIDs == 0 {
+		p.DefaultResources.PIDs = 4096
+		if m := p.MaxResources.PIDs; m > 0 {
+			p.DefaultResources.PIDs = min(p.DefaultResources.PIDs, m)
+		}
+	}
 	fill(&c.GC.Reserved, "10%")
 	fill(&c.GC.MaxUsed, "60%")
 	fill(&c.GC.MinFree, "20%")
-	fill(&c.Records.MaxBuilds, 200)
+	fill(&c.Records.MaxBuilds, 2000)
+	fill(&c.Records.MaxBuildsPerTenant, min(500, c.Records.MaxBuilds))
 	fill(&c.Records.MaxAge, "168h")
 	fill(&c.Records.MaxLogBytes, "16Mi")
-	fill(&c.Uploads.MaxBytes, "1Gi")
-	fill(&c.Uploads.MaxTotalBytes, "4Gi")
+	fill(&c.Records.MaxTotalBytes, "2Gi")
+	fill(&c.Uploads.MaxBytes, "2Gi")
+	fill(&c.Uploads.MaxTotalBytes, "8Gi")
+	fill(&c.Uploads.MaxCount, 64)
 	fill(&c.Uploads.TTL, "1h")
 	if c.Tracing.Endpoint != "" && c.Tracing.SamplingRatePerMillion == nil {
 		c.Tracing.SamplingRatePerMillion = new(int32(10_000))

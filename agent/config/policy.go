@@ -8,6 +8,31 @@ const (
 	NetworkNone   = "none"
 )
 
+// Values of Policy.BuildKitClients.
+const (
+	BuildKitAllow = "allow"
+	BuildKitDeny  = "deny"
+	BuildKitAuto  = "auto"
+)
+
+// AllowsBuildKit tells whether BuildKit's clients may build for the tenant of p, and
+// if not, why.
+func (p Policy) AllowsBuildKit() (bool, string) {
+	switch {
+	case p.BuildKitClients == BuildKitAllow:
+		return true, ""
+	case p.BuildKitClients == BuildKitDeny:
+		return false, "its policy says so (buildKitClients)"
+	case p.Network == NetworkNone:
+		return false, "its policy allows no network, which they cannot be held to"
+	case p.MaxResources != Resources{}:
+		return false, "its policy has maxResources, which they cannot be held to"
+	case len(p.Registries.Pull)+len(p.Registries.Push) > 0:
+		return false, "its policy lists registries, which they cannot be held to"
+	}
+	return true, ""
+}
+
 // Policy returns what holds for tenant: the defaults with the tenant's overrides,
 // and every empty field that means another one replaced by it.
 func (c *Agent) Policy(tenant string) Policy {
@@ -50,6 +75,10 @@ func merge(base, over Policy) Policy {
 	if len(over.Registries.Push) > 0 {
 		base.Registries.Push = over.Registries.Push
 	}
+	if len(over.NodeImages) > 0 {
+		base.NodeImages = over.NodeImages
+	}
+	override(&base.BuildKitClients, over.BuildKitClients)
 	return base
 }
 

@@ -153,6 +153,9 @@ type Builds struct {
 	Slots int `json:"slots"`
 	// QueueLimit is how many may wait.
 	QueueLimit int `json:"queueLimit"`
+	// MinFreeDisk is what must be free on the file system of root, besides what a
+	// build reserves, for it to start.
+	MinFreeDisk Size `json:"minFreeDisk"`
 	// DrainTimeout is how long running builds may go on after the agent was told to
 	// end; those that have not ended by then end as interrupted.
 	DrainTimeout Duration `json:"drainTimeout"`
@@ -166,7 +169,7 @@ type NodeResources struct {
 	// agent may use.
 	Memory Size `json:"memory"`
 	// Disk in bytes, or as a percentage of the file system of root, that running
-	// builds may write; "auto": what GC's minFree leaves.
+	// builds may reserve together; "auto": what is free when one starts.
 	Disk Size `json:"disk"`
 }
 
@@ -203,6 +206,14 @@ type Policy struct {
 	MaxQueued int `json:"maxQueued,omitempty"`
 	// Registries bound where images come from and go to.
 	Registries Registries `json:"registries,omitzero"`
+	// NodeImages are patterns, as in Registries, of names under which its builds may
+	// store images in the node's runtime, where Pods find them; none: nowhere.
+	NodeImages []string `json:"nodeImages,omitempty"`
+	// BuildKitClients says whether buildctl and docker buildx may build: "allow",
+	// "deny", or "auto". What they build runs in the tenant's default sandbox, but is
+	// subject to none of its other limits; so "auto" allows them only when network,
+	// maxResources and registries limit nothing.
+	BuildKitClients string `json:"buildKitClients,omitempty"`
 }
 
 // Resources are limits of one build. Empty fields are unlimited.
@@ -217,9 +228,10 @@ type Resources struct {
 	PIDs int64 `json:"pids,omitempty"`
 }
 
-// Registries are patterns of image names: a host ("registry.example.com:5000"),
-// a host and the start of a path ("registry.example.com/team-a"), or either with
-// "*." for any subdomain. "docker.io" is Docker Hub.
+// Registries are patterns of image names: a host ("registry.example.com:5000"), a
+// host and the start of a path that ends where a name does
+// ("registry.example.com/team-a"), or either after "*." for any subdomain. Docker
+// Hub is "docker.io", its official images "docker.io/library".
 type Registries struct {
 	// Pull is where base images may come from; none: anywhere.
 	Pull []string `json:"pull,omitempty"`
@@ -240,12 +252,15 @@ type GC struct {
 
 // Records bounds what is kept of builds that have ended.
 type Records struct {
-	// MaxBuilds is how many are kept for each tenant.
-	MaxBuilds int `json:"maxBuilds"`
+	// MaxBuilds is how many are kept, and MaxBuildsPerTenant how many of one tenant.
+	MaxBuilds          int `json:"maxBuilds"`
+	MaxBuildsPerTenant int `json:"maxBuildsPerTenant"`
 	// MaxAge is how long they are kept.
 	MaxAge Duration `json:"maxAge"`
 	// MaxLogBytes bounds the event log of one build, which says when it is cut.
 	MaxLogBytes Size `json:"maxLogBytes"`
+	// MaxTotalBytes bounds all records and event logs together.
+	MaxTotalBytes Size `json:"maxTotalBytes"`
 }
 
 // Uploads bounds sources that clients upload.
@@ -254,6 +269,8 @@ type Uploads struct {
 	MaxBytes Size `json:"maxBytes"`
 	// MaxTotalBytes of all uploads of one tenant that are kept.
 	MaxTotalBytes Size `json:"maxTotalBytes"`
+	// MaxCount is how many of one tenant are kept.
+	MaxCount int `json:"maxCount"`
 	// TTL is how long one is kept that no build names; at most 1h.
 	TTL Duration `json:"ttl"`
 }

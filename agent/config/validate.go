@@ -21,6 +21,7 @@ var (
 	logLevels  = []string{"debug", "info", "warn", "error"}
 	logFormats = []string{"json", "text"}
 	networks   = []string{NetworkEgress, NetworkNone}
+	clients    = []string{BuildKitAllow, BuildKitDeny, BuildKitAuto}
 )
 
 func (c *Agent) validate() field.ErrorList {
@@ -67,6 +68,7 @@ func (s *Sandboxes) validate(at *field.Path) field.ErrorList {
 func (b *Builds) validate(at *field.Path) field.ErrorList {
 	e := between(at.Child("slots"), int64(b.Slots), 0, 1024)
 	e = append(e, between(at.Child("queueLimit"), int64(b.QueueLimit), 1, 100_000)...)
+	e = append(e, size(at.Child("minFreeDisk"), b.MinFreeDisk, allowPercent)...)
 	return append(e, duration(at.Child("drainTimeout"), b.DrainTimeout, 0, 24*time.Hour)...)
 }
 
@@ -90,11 +92,14 @@ func (c *Agent) validateSizes() field.ErrorList {
 func (c *Agent) validateKept() field.ErrorList {
 	at := field.NewPath("records")
 	e := between(at.Child("maxBuilds"), int64(c.Records.MaxBuilds), 1, 100_000)
+	e = append(e, between(at.Child("maxBuildsPerTenant"), int64(c.Records.MaxBuildsPerTenant), 1, int64(c.Records.MaxBuilds))...)
+	e = append(e, size(at.Child("maxTotalBytes"), c.Records.MaxTotalBytes, 0)...)
 	e = append(e, duration(at.Child("maxAge"), c.Records.MaxAge, time.Minute, 10*365*24*time.Hour)...)
 	e = append(e, size(at.Child("maxLogBytes"), c.Records.MaxLogBytes, 0)...)
 	at = field.NewPath("uploads")
 	e = append(e, size(at.Child("maxBytes"), c.Uploads.MaxBytes, 0)...)
 	e = append(e, size(at.Child("maxTotalBytes"), c.Uploads.MaxTotalBytes, 0)...)
+	e = append(e, between(at.Child("maxCount"), int64(c.Uploads.MaxCount), 1, 100_000)...)
 	e = append(e, duration(at.Child("ttl"), c.Uploads.TTL, time.Minute, time.Hour)...)
 	if c.NodeRuntime.Socket != "" {
 		e = append(e, absolute(field.NewPath("nodeRuntime", "socket"), c.NodeRuntime.Socket)...)

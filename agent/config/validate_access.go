@@ -175,6 +175,8 @@ func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList 
 	e = append(e, between(at.Child("maxRunning"), int64(p.MaxRunning), 0, 1024)...)
 	e = append(e, between(at.Child("maxQueued"), int64(p.MaxQueued), 0, 100_000)...)
 	e = append(e, registries(at.Child("registries", "pull"), p.Registries.Pull)...)
+	e = append(e, registries(at.Child("nodeImages"), p.NodeImages)...)
+	e = append(e, oneOf(at.Child("buildKitClients"), whole.BuildKitClients, clients)...)
 	return append(e, registries(at.Child("registries", "push"), p.Registries.Push)...)
 }
 
