@@ -159,10 +159,11 @@ func writeBundle(bundle string, spec *specs.Spec) error {
 	return os.WriteFile(filepath.Join(bundle, "config.json"), data, 0o600)
 }
 
-// environment is that of runsc. It collects no garbage while a sandbox starts;
-// what the step's container starts with ends that.
+// environment is that of runsc. It collects no garbage while a sandbox starts; the
+// start of the step's container ends that for the sandbox, and the limit for the
+// others.
 func (b *box) environment() []string {
-	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + b.tmp, "GOGC=400"}
+	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + b.tmp, "GOGC=off", "GOMEMLIMIT=64MiB"}
 }
 
 // start starts the sandbox and waits until its first process runs.

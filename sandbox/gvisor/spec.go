@@ -18,7 +18,7 @@ import (
 
 // usualDirs and usualFiles are the places for mounts of the usual sandbox; two of
 // the files are /etc/hosts and /etc/resolv.conf.
-const usualDirs, usualFiles = 6, 6
+const usualDirs, usualFiles = 3, 4
 
 // usual is the kind of sandbox that is kept ready.
 func usual(network sandbox.NetworkMode) kind {

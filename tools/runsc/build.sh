@@ -1,28 +1,35 @@
 #!/bin/sh
 # Builds runsc with kiln's additions: build.sh OUTPUT
 #
-# The go command takes no overlay over its module cache, so the module is copied,
-# the files of sentry/ are added to it, and nothing else is changed.
+# The go command takes no overlay over its module cache, so the module is copied
+# and the files are added to the copy. Nothing of gVisor is changed: sentry/ adds
+# methods to the control server of a sandbox, and filters/ the system call filters
+# in compiled form.
 set -eu
 cd "$(dirname "$0")"
 out=$1
 src=$(dirname "$out")/.runsc-source
 go=${GO:-go}
+export CGO_ENABLED=0
 
 $go mod download gvisor.dev/gvisor
 module=$($go list -m -f '{{.Dir}}' gvisor.dev/gvisor)
 version=$($go list -m -f '{{.Version}}' gvisor.dev/gvisor)
-if [ "$(cat "$src/version" 2>/dev/null)" != "$version" ]; then
-	rm -rf "$src"
-	mkdir -p "$src"
-	cp -r "$module" "$src/gvisor"
-	chmod -R u+w "$src/gvisor"
-	echo "$version" >"$src/version"
-fi
-cp sentry/step.go "$src/gvisor/runsc/boot/kiln_step.go"
-cp go.mod "$src/go.mod"
+rm -rf "$src"
+mkdir -p "$src"
+cp -r "$module" "$src/gvisor"
+chmod -R u+w "$src/gvisor"
 cp go.sum "$src/go.sum"
+cp go.mod "$src/go.mod"
 $go mod edit -replace "gvisor.dev/gvisor=$src/gvisor" "$src/go.mod"
-CGO_ENABLED=0 $go build -modfile="$src/go.mod" -trimpath \
+
+mkdir "$src/gvisor/runsc/kilnfilters"
+cp filters/config/compile.go "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
+cp filters/main.go "$src/gvisor/runsc/kilnfilters/"
+$go run -modfile="$src/go.mod" -trimpath gvisor.dev/gvisor/runsc/kilnfilters "$src/gvisor"
+rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
+
+cp sentry/step.go "$src/gvisor/runsc/boot/kiln_step.go"
+$go build -modfile="$src/go.mod" -trimpath \
 	-ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$version+kiln" -o "$out.new" gvisor.dev/gvisor/runsc
 mv "$out.new" "$out"
