@@ -187,6 +187,9 @@ func (f *Follower) stream(ctx context.Context, key types.NamespacedName, b *foll
 	if err != nil {
 		return err
 	}
+	if err := f.reached(ctx, key, b, api); err != nil {
+		return err
+	}
 	b.mu.Lock()
 	offset := b.tracker.next
 	b.mu.Unlock()
@@ -194,7 +197,6 @@ func (f *Follower) stream(ctx context.Context, key types.NamespacedName, b *foll
 	if err != nil {
 		return err
 	}
-	// A server that has the build answers with headers before it waits for events.
 	for {
 		msg, err := events.Recv()
 		if errors.Is(err, io.EOF) {
@@ -204,16 +206,35 @@ func (f *Follower) stream(ctx context.Context, key types.NamespacedName, b *foll
 			return err
 		}
 		b.mu.Lock()
-		back := !b.tracker.progress.Unreachable.IsZero()
-		b.tracker.progress.Unreachable = time.Time{}
 		urgent := b.tracker.apply(msg.GetEvent())
 		ended := b.tracker.progress.Result != nil
 		b.mu.Unlock()
-		f.notify(ctx, key, b, urgent || back)
+		f.notify(ctx, key, b, urgent)
 		if ended {
 			return nil
 		}
 	}
+}
+
+// reached asks for the build itself where the stream broke before: a stream says
+// nothing until something happens.
+func (f *Follower) reached(ctx context.Context, key types.NamespacedName, b *followed, api agentv1.BuildServiceClient) error {
+	b.mu.Lock()
+	back := !b.tracker.progress.Unreachable.IsZero()
+	b.mu.Unlock()
+	if !back {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if _, err := api.GetBuild(ctx, &agentv1.GetBuildRequest{BuildId: b.target.BuildID, Tenant: b.target.Tenant}); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	b.tracker.progress.Unreachable = time.Time{}
+	b.mu.Unlock()
+	f.notify(ctx, key, b, true)
+	return nil
 }
 
 // notify calls Notify now, or within Interval when it is not urgent.
