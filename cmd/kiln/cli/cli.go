@@ -88,7 +88,8 @@ func (a *App) command() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	root.AddCommand(a.buildCommand(), a.duCommand(), a.pruneCommand(), a.doctorCommand(), a.versionCommand())
+	root.AddCommand(a.buildCommand(), a.duCommand(), a.pruneCommand(), a.doctorCommand(), a.versionCommand(),
+		a.submitCommand(), a.psCommand(), a.logsCommand(), a.cancelCommand())
 	return root
 }
 

@@ -23,10 +23,12 @@ const dialTimeout = 10 * time.Second
 // target says which engine a command talks to.
 type target struct {
 	agent, root, sandbox string
+	tls                  tlsFlags
 }
 
 func (t *target) flags(fs *pflag.FlagSet) {
 	fs.StringVar(&t.agent, "agent", "", "Work on the agent at this address (unix:///path or tcp://host:port) and not in this process (default $KILN_AGENT)")
+	t.tls.flags(fs)
 	fs.StringVar(&t.root, "root", "", "State directory (default "+DefaultRoot()+")")
 	fs.StringVar(&t.sandbox, "sandbox", "", "Sandbox of every step: gvisor or userns (default gvisor)")
 }
@@ -43,10 +45,10 @@ func (t *target) check() (sandbox.Class, error) {
 		if t.sandbox != "" {
 			return "", usage(errors.New("--sandbox and --agent exclude each other: the agent's configuration chooses the sandbox"))
 		}
-		if !strings.Contains(t.agent, "://") {
-			return "", usage(fmt.Errorf("--agent %s: want unix:///path or tcp://host:port", t.agent))
-		}
-		return "", nil
+		return "", usage(t.tls.check(t.agent))
+	}
+	if t.tls.set() {
+		return "", usage(errors.New("--tls flags are for an agent: give its address with --agent"))
 	}
 	if t.sandbox == "" {
 		return sandbox.GVisor, nil
@@ -73,7 +75,7 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 		return nil, nil, err
 	}
 	if t.agent != "" {
-		return dial(ctx, t.agent)
+		return dial(ctx, t.agent, &t.tls)
 	}
 	if err := a.isolate(t); err != nil {
 		return nil, nil, err
@@ -110,8 +112,8 @@ func (a *App) isolate(t *target) error {
 }
 
 // dial connects to an agent and checks that it answers.
-func dial(ctx context.Context, addr string) (*client.Client, func() error, error) {
-	c, err := client.New(ctx, addr)
+func dial(ctx context.Context, addr string, tls *tlsFlags) (*client.Client, func() error, error) {
+	c, err := client.New(ctx, addr, tls.clientOptions(addr)...)
 	if err != nil {
 		return nil, nil, fmt.Errorf("connect to agent %s: %w", addr, err)
 	}
