@@ -103,8 +103,9 @@ type Image struct {
 	// Target describes the image's index or manifest. Of an index the node receives
 	// the image for its own platform.
 	Target ocispecs.Descriptor
-	// Content has Target and everything that it refers to. The sizes and digests of
-	// what it gives are verified.
+	// Content has Target and everything that it refers to. It is asked with the
+	// context of Receive, so a namespace in that is the content's. The sizes and
+	// digests of what it gives are verified.
 	Content content.Provider
 }
 

@@ -26,6 +26,7 @@ import (
 // builder makes images in a content store, as a build does.
 type builder struct {
 	t     *testing.T
+	ctx   context.Context
 	store content.Store
 }
 
@@ -33,14 +34,14 @@ func newBuilder(t *testing.T) *builder {
 	t.Helper()
 	store, err := local.NewStore(t.TempDir())
 	require.NoError(t, err)
-	return &builder{t: t, store: store}
+	return &builder{t: t, ctx: context.Background(), store: store}
 }
 
 // put stores data and describes it.
 func (b *builder) put(mediaType string, data []byte) ocispecs.Descriptor {
 	b.t.Helper()
 	desc := ocispecs.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	require.NoError(b.t, content.WriteBlob(context.Background(), b.store, desc.Digest.String(), bytes.NewReader(data), desc))
+	require.NoError(b.t, content.WriteBlob(b.ctx, b.store, desc.Digest.String(), bytes.NewReader(data), desc))
 	return desc
 }
 

@@ -25,6 +25,9 @@ func (n *Node) Receive(ctx context.Context, image nodestore.Image) (_ digest.Dig
 	if err := checkImage(image.Name, target); err != nil {
 		return "", err
 	}
+	// The content is the caller's: it is read in the caller's namespace.
+	own := ctx
+	read := func(desc ocispecs.Descriptor) (content.ReaderAt, error) { return image.Content.ReaderAt(own, desc) }
 	ctx, lease, err := n.newLease(ctx)
 	if err != nil {
 		return "", err
@@ -36,7 +39,7 @@ func (n *Node) Receive(ctx context.Context, image nodestore.Image) (_ digest.Dig
 		err = errors.Join(err, n.deleteLease(ctx, lease, err != nil))
 	}()
 
-	if err := n.copyTree(ctx, image.Content, target, lease.ID); err != nil {
+	if err := n.copyTree(ctx, read, target, lease.ID); err != nil {
 		return "", fmt.Errorf("receive %s: %w", image.Name, err)
 	}
 	unpacked := ctd.NewImageWithPlatform(n.client, images.Image{Name: image.Name.String(), Target: target}, platforms.Default())
@@ -78,10 +81,13 @@ func checkImage(name reference.Named, target ocispecs.Descriptor) error {
 	return nil
 }
 
+// reader opens a blob of the built image.
+type reader func(ocispecs.Descriptor) (content.ReaderAt, error)
+
 // copyTree copies target and the image below it that is for this node into
 // containerd's content store, with the labels that keep a child while its parent
 // stays.
-func (n *Node) copyTree(ctx context.Context, from content.Provider, target ocispecs.Descriptor, lease string) error {
+func (n *Node) copyTree(ctx context.Context, read reader, target ocispecs.Descriptor, lease string) error {
 	store := n.client.ContentStore()
 	matcher := platforms.Default()
 	children := images.LimitManifests(images.FilterPlatforms(childrenOf(store), matcher), matcher, 1)
@@ -101,7 +107,7 @@ func (n *Node) copyTree(ctx context.Context, from content.Provider, target ocisp
 			return fmt.Errorf("image has more than %d blobs: %w", maxDescriptors, errdefs.ErrInvalidArgument)
 		}
 		seen[desc.Digest] = struct{}{}
-		if err := n.copyBlob(ctx, store, from, plain(desc), lease); err != nil {
+		if err := n.copyBlob(ctx, store, read, plain(desc), lease); err != nil {
 			return err
 		}
 		below, err := labelled(ctx, desc)
@@ -134,7 +140,7 @@ func childrenOf(store content.Store) images.HandlerFunc {
 }
 
 // copyBlob copies one blob. Errors name it.
-func (n *Node) copyBlob(ctx context.Context, store content.Store, from content.Provider, desc ocispecs.Descriptor, lease string) (err error) {
+func (n *Node) copyBlob(ctx context.Context, store content.Store, read reader, desc ocispecs.Descriptor, lease string) (err error) {
 	ref := lease + "-" + desc.Digest.String()
 	w, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(desc))
 	if errdefs.IsAlreadyExists(err) {
@@ -144,7 +150,7 @@ func (n *Node) copyBlob(ctx context.Context, store content.Store, from content.P
 		return n.failed("write blob "+desc.Digest.String(), err)
 	}
 	defer w.Close()
-	ra, err := from.ReaderAt(ctx, desc)
+	ra, err := read(desc)
 	if err != nil {
 		return fmt.Errorf("read blob %s of the built image: %w", desc.Digest, err)
 	}

@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/stretchr/testify/require"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/kiln-build/kiln/snapshot"
 	"github.com/kiln-build/kiln/snapshot/nodestore"
 )
 
@@ -144,6 +146,20 @@ func removeTestCgroups() {
 			_ = os.Remove(dir)
 		}
 	}
+}
+
+// TestContentIsReadInItsOwnNamespace receives straight from a build store.
+func TestContentIsReadInItsOwnNamespace(t *testing.T) {
+	d := startDaemon(t, "")
+	store, err := snapshot.Open(t.Context(), t.TempDir())
+	require.NoError(t, err)
+	defer store.Close()
+	ctx := namespaces.WithNamespace(t.Context(), snapshot.Namespace)
+	b := &builder{t: t, ctx: ctx, store: store.DB.ContentStore()}
+	img := b.busybox("app")
+	id, err := d.node("test").Receive(ctx, nodestore.Image{Name: parsed(t, "app"), Target: img.target, Content: b.store})
+	require.NoError(t, err)
+	require.Equal(t, id.String(), d.status("app").GetId())
 }
 
 func TestNameMovesToTheReceivedImage(t *testing.T) {
