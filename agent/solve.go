@@ -1,0 +1,175 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/distribution/reference"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"github.com/moby/buildkit/identity"
+
+	"github.com/kiln-build/kiln/agent/failure"
+	"github.com/kiln-build/kiln/agent/progress"
+	"github.com/kiln-build/kiln/agent/strategy"
+	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
+	"github.com/kiln-build/kiln/snapshot/nodestore"
+)
+
+const (
+	// product names kiln to the engine.
+	product = "kiln"
+	// flushInterval is how often progress is looked at that was held back.
+	flushInterval = time.Second
+	// forgetTime bounds how long it takes to forget an image that was handed on.
+	forgetTime = 30 * time.Second
+)
+
+// solver has the engine build.
+type solver struct{ cfg Config }
+
+// Run opens the engine, which the job keeps, and builds.
+func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
+	session, err := s.cfg.Engines.Open(ctx, Domain{Tenant: j.key.Tenant, Sandbox: classes[j.spec.GetSandbox()]})
+	if err != nil {
+		if result := ended(ctx); result != nil {
+			return result
+		}
+		return internal("The engine cannot be opened: %v", err)
+	}
+	j.session = session
+	plan, err := strategy.New(ctx, strategy.Inputs{
+		Spec: j.spec, Credentials: j.creds, Platform: s.cfg.Platforms[0],
+		UploadFile: func(string) (string, error) {
+			if j.archive == nil {
+				return "", errors.New("the build has no upload")
+			}
+			return j.archive.Path, nil
+		},
+	})
+	if err != nil {
+		return failed(&agentv1.Failure{Reason: agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT, Message: failure.Text(err.Error())})
+	}
+	defer plan.Close()
+	plan.Opt.Ref = identity.NewID()
+	return s.solve(ctx, j, plan)
+}
+
+func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv1.BuildResult {
+	status, told := make(chan *client.SolveStatus, 16), make(chan *progress.Translator, 1)
+	go func() { told <- s.tell(j, status) }()
+	resp, err := j.session.Build(ctx, plan.Opt, product, plan.Build, status)
+	events := <-told
+	if err == nil {
+		if err = s.handOn(ctx, j); err != nil {
+			err = &pushError{err}
+		}
+	}
+	result := &agentv1.BuildResult{State: agentv1.BuildState_BUILD_STATE_SUCCEEDED}
+	switch end := ended(ctx); {
+	case err == nil:
+		image(result, resp.ExporterResponse)
+	case end != nil:
+		result = end
+	default:
+		result = failed(fault(err, plan.Cause(), events))
+	}
+	result.Steps = events.Results()
+	return result
+}
+
+// tell stores what happens until status is closed.
+func (s *solver) tell(j *job, status <-chan *client.SolveStatus) *progress.Translator {
+	var broken bool
+	t := progress.New(func(ev *agentv1.Event) {
+		if err := j.writer.Load().Append(ev); err != nil && !broken {
+			broken = true // once is enough: a disk that is full fails every event
+			s.cfg.Logger.Warn("events of a build are not stored", "tenant", j.key.Tenant, "build", j.key.ID, "error", err)
+		}
+	}, s.cfg.Now)
+	tick := time.NewTicker(flushInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case news, more := <-status:
+			if !more {
+				t.Flush(true)
+				return t
+			}
+			t.Add(news)
+		case <-tick.C:
+			t.Flush(false)
+		}
+	}
+}
+
+// image fills in what the exporters say.
+func image(result *agentv1.BuildResult, facts map[string]string) {
+	result.ImageDigest = facts[exptypes.ExporterImageDigestKey]
+	result.SourceRevision = failure.Text(facts[strategy.RevisionKey])
+	if names := facts["image.name"]; names != "" {
+		result.ImageNames = strings.Split(failure.Text(names), ",")
+	}
+}
+
+// pushError is a failure to hand an image to the node's runtime.
+type pushError struct{ err error }
+
+func (e *pushError) Error() string { return e.err.Error() }
+func (e *pushError) Unwrap() error { return e.err }
+
+// fault says why a build failed. cause is the error with which its plan ended, which
+// is of a type that the engine does not keep.
+func fault(err, cause error, steps failure.Steps) *agentv1.Failure {
+	f := failure.Of(err, steps)
+	var late *strategy.StepTimeoutError
+	var source *strategy.SourceError
+	var push *pushError
+	switch {
+	case errors.As(cause, &late):
+		f.Reason, f.Step, f.Message = agentv1.FailureReason_FAILURE_REASON_TIMEOUT, failure.Text(late.Step), failure.Text(late.Error())
+	case errors.As(cause, &source):
+		f.Reason, f.Message = agentv1.FailureReason_FAILURE_REASON_SOURCE, failure.Text(source.Error())
+	case len(strategy.Fields(cause)) > 0:
+		f.Reason, f.Message = agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT, failure.Text(cause.Error())
+	case errors.As(err, &push):
+		f.Reason = agentv1.FailureReason_FAILURE_REASON_PUSH
+	}
+	return f
+}
+
+// handOn gives the images that the build has stored to the node's runtime, and has
+// the engine forget them.
+func (s *solver) handOn(ctx context.Context, j *job) error {
+	for i, o := range j.spec.GetOutputs() {
+		if o.GetNode() == nil {
+			continue
+		}
+		if err := s.handOnImage(ctx, j, o.GetNode().GetImage()); err != nil {
+			return fmt.Errorf("%s.node: store image in the node's container runtime: %w", field("spec.outputs", i), err)
+		}
+	}
+	return nil
+}
+
+func (s *solver) handOnImage(ctx context.Context, j *job, image string) (err error) {
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return err
+	}
+	named = reference.TagNameOnly(named)
+	target, content, err := j.session.Image(ctx, named.String())
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTime)
+		defer cancel()
+		err = errors.Join(err, j.session.DeleteImage(ctx, named.String()))
+	}()
+	_, err = s.cfg.Images.Receive(ctx, nodestore.Image{Name: named, Target: target, Content: content})
+	return err
+}
