@@ -35,7 +35,7 @@
 // it. It belongs to root: a step of another user can read what it did not make. A
 // step's secrets are files that only its user reads, or variables. A cache is the
 // one that `RUN --mount=type=cache,id=…` of the same tenant has, and is shared by
-// builds that run at the same time; the directory of a step that does not run as
+// builds that run at the same time; no_cache empties it, as BuildKit does; the directory of a step that does not run as
 // root is another one, that everyone may write to. A step's timeout counts from the
 // end of the step before it and includes fetching its image.
 package strategy

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -41,13 +42,20 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	goleak.VerifyTestMain(m,
+	// As in the agent: modes of directories are what a spec says.
+	syscall.Umask(0)
+	var lasting []goleak.Option
+	for i := range 10 {
+		// Threads that the gVisor sandbox keeps for the life of the process.
+		lasting = append(lasting, goleak.IgnoreAnyFunction(fmt.Sprintf("github.com/kiln-build/kiln/sandbox/gvisor.init.func%d.1", i)))
+	}
+	goleak.VerifyTestMain(m, append(lasting,
 		// The engine's own, which end with the process or some seconds after a build.
 		goleak.IgnoreAnyFunction("github.com/moby/buildkit/solver.(*Job).Discard.func1"),
 		goleak.IgnoreAnyFunction("github.com/moby/buildkit/control.NewController.After.throttle.func3.1"),
 		goleak.IgnoreAnyFunction("github.com/moby/buildkit/solver/llbsolver/history.NewQueue.func2"),
 		goleak.IgnoreAnyFunction("github.com/moby/buildkit/solver/llbsolver/history.NewQueue.func3"),
-	)
+	)...)
 }
 
 // connect returns a client of an engine of the class with a state of its own.
