@@ -88,6 +88,7 @@ func (n *Node) release(d Domain, open *openEngine) {
 	if open.users > 0 || n.closed {
 		return
 	}
+	n.collector.start(n)
 	open.idle = time.AfterFunc(idleTime, func() {
 		n.mu.Lock()
 		defer n.mu.Unlock()

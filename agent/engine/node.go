@@ -9,7 +9,11 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/moby/buildkit/util/resolver"
+
 	"github.com/kiln-build/kiln/snapshot"
+	"github.com/kiln-build/kiln/snapshot/nodestore"
 )
 
 // NodeConfig says what all engines of a node have in common.
@@ -23,6 +27,22 @@ type NodeConfig struct {
 	// client may name, each as an image reference with a digest. They run in a
 	// sandbox as every step does. The Dockerfile front end is built in.
 	Frontends []string
+	// Lender lends blobs of images that the node's container runtime has, in place
+	// of fetching them; nil: none does.
+	Lender nodestore.Node
+	// Space bounds what the caches of all domains occupy.
+	Space Space
+}
+
+// Space bounds disk space, each in bytes; 0 is no bound. The zero value means
+// BuildKit's default shares of the file system.
+type Space struct {
+	// Reserved is what a domain's cache may always keep.
+	Reserved int64
+	// MaxUsed is what a domain's cache may occupy, and all together.
+	MaxUsed int64
+	// MinFree is what must stay free on the file system.
+	MinFree int64
 }
 
 // Node is the part of a node that its engines share: the build store and the
@@ -33,11 +53,14 @@ type Node struct {
 	frontends *frontendPolicy
 	store     *snapshot.Store
 	runtimes  *runtimes
+	hosts     docker.RegistryHosts
 
 	// mu guards what follows.
 	mu      sync.Mutex
 	engines map[Domain]*openEngine
 	closed  bool
+
+	collector collector
 }
 
 // OpenNode opens the state in cfg.Root. It sets TMPDIR of this process to a
@@ -58,12 +81,18 @@ func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 		return nil, err
 	}
 	n.runtimes = newRuntimes(cfg)
+	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
+	n.hosts = resolver.NewRegistryConfig(nil)
+	if cfg.Lender != nil {
+		n.hosts = nodestore.Lending(n.hosts, cfg.Lender, nil)
+	}
 	return n, nil
 }
 
 // Close closes all engines and releases what they share. Nobody may use an engine
 // any more.
 func (n *Node) Close() error {
+	n.collector.stop()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.closed = true

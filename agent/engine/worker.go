@@ -24,7 +24,6 @@ import (
 	"github.com/moby/buildkit/util/db/boltutil"
 	"github.com/moby/buildkit/util/disk"
 	"github.com/moby/buildkit/util/leaseutil"
-	"github.com/moby/buildkit/util/resolver"
 	"github.com/moby/buildkit/version"
 	"github.com/moby/buildkit/worker"
 	"github.com/moby/buildkit/worker/base"
@@ -44,8 +43,6 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	if err != nil {
 		return nil, fmt.Errorf("make session manager: %w", err)
 	}
-	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
-	hosts := resolver.NewRegistryConfig(nil)
 	w, err := n.newWorker(ctx, dir, d, images)
 	if err != nil {
 		return nil, err
@@ -74,12 +71,12 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		Frontends:        frontends,
 		CacheManager:     solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers)),
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
-			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, hosts),
+			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, n.hosts),
 			"local":    localremotecache.ResolveCacheExporterFunc(sessions),
 			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
 		},
 		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
-			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), hosts),
+			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), n.hosts),
 			"local":    localremotecache.ResolveCacheImporterFunc(sessions),
 		},
 		// No entitlement exists: a step that asks for one is refused.
@@ -118,7 +115,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 			"build.kiln.sandbox": string(d.Sandbox),
 		},
 		Platforms:       []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
-		GCPolicy:        gcPolicy(n.cfg.Root),
+		GCPolicy:        gcPolicy(n.cfg.Root, n.cfg.Space),
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
 		Executor:        newStepExecutor(n.runtimes, d.Sandbox),
 		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, store.Snapshots(), snapshot.Namespace, nil),
@@ -126,7 +123,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		ImageStore:      images,
 		Applier:         apply.NewFileSystemApplier(content),
 		Differ:          walking.NewWalkingDiff(content),
-		RegistryHosts:   resolver.NewRegistryConfig(nil),
+		RegistryHosts:   n.hosts,
 		LeaseManager:    leaseutil.WithNamespace(owned, snapshot.Namespace),
 		GarbageCollect:  store.DB.GarbageCollect,
 		MetadataStore:   md,
@@ -138,15 +135,20 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 	return w, nil
 }
 
-// gcPolicy bounds what the store keeps by the size of the disk that it is on,
-// with the shares that BuildKit's users know.
-func gcPolicy(root string) []client.PruneInfo {
+// gcPolicy bounds what a domain keeps: by space where that is given, else by the
+// size of the disk, with the shares that BuildKit's users know.
+func gcPolicy(root string, space Space) []client.PruneInfo {
 	stat, err := disk.GetDiskStat(root)
 	if err != nil {
 		stat = disk.DiskStat{}
 	}
 	var out []client.PruneInfo
-	for _, rule := range config.DefaultGCPolicy(config.GCConfig{}, stat) {
+	bounds := config.GCConfig{
+		GCReservedSpace: config.DiskSpace{Bytes: space.Reserved},
+		GCMaxUsedSpace:  config.DiskSpace{Bytes: space.MaxUsed},
+		GCMinFreeSpace:  config.DiskSpace{Bytes: space.MinFree},
+	}
+	for _, rule := range config.DefaultGCPolicy(bounds, stat) {
 		out = append(out, client.PruneInfo{
 			Filter:        rule.Filters,
 			All:           rule.All,

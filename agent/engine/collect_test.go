@@ -1,0 +1,60 @@
+package engine
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/sandbox"
+)
+
+// TestCollectBoundsAllDomainsTogether fills the caches of three tenants, each within
+// the bound alone.
+func TestCollectBoundsAllDomainsTogether(t *testing.T) {
+	t.Setenv("TMPDIR", os.TempDir())
+	const piece, bound = 4 << 20, 6 << 20
+	n, err := OpenNode(context.Background(), NodeConfig{Root: t.TempDir(), Space: Space{MaxUsed: bound}})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, n.Close()) }()
+	n.collector.stop() // only the call below
+	used := func() (total int64) {
+		domains, err := n.Domains()
+		require.NoError(t, err)
+		for _, d := range domains {
+			require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+				records, err := c.DiskUsage(context.Background())
+				for _, r := range records {
+					total += r.Size
+				}
+				return err
+			}))
+		}
+		return total
+	}
+	for _, tenant := range []string{"a", "b", "c"} {
+		data := make([]byte, piece/4)
+		st := llb.Scratch()
+		for _, name := range []string{"1", "2", "3", "4"} {
+			data[0] = tenant[0]
+			data[1] = name[0]
+			st = st.File(llb.Mkfile("/"+name, 0o644, data))
+		}
+		def, err := st.Marshal(context.Background(), llb.LinuxAmd64)
+		require.NoError(t, err)
+		require.NoError(t, n.with(context.Background(), Domain{Tenant: tenant, Sandbox: sandbox.Userns}, func(c *client.Client) error {
+			_, err := c.Solve(context.Background(), def, client.SolveOpt{}, nil)
+			return err
+		}))
+	}
+	require.Greater(t, used(), int64(bound))
+	require.NoError(t, n.Collect(context.Background()))
+	require.LessOrEqual(t, used(), int64(bound))
+	require.NoError(t, n.Collect(context.Background()), "nothing to do")
+	_, err = os.Stat(filepath.Join(n.cfg.Root, "domains", "a"))
+	require.NoError(t, err)
+}
