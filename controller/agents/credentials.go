@@ -18,12 +18,13 @@ type rotating struct {
 	current func() (*tls.Config, error)
 }
 
-func (r *rotating) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (r *rotating) ClientHandshake(ctx context.Context, _ string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	cfg, err := r.current()
 	if err != nil {
 		return nil, nil, err
 	}
-	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+	// The address is that of a Pod; the certificate has the name of all agents.
+	return credentials.NewTLS(cfg).ClientHandshake(ctx, cfg.ServerName, conn)
 }
 
 func (r *rotating) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
