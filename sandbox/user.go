@@ -57,6 +57,20 @@ func ResolveUser(rootfs, name string) (UserIDs, error) {
 	return ids, nil
 }
 
+// HomeDir returns the home directory of uid in the passwd file of the root file
+// system mounted at rootfs, or "/" when it names none.
+func HomeDir(rootfs string, uid uint32) string {
+	passwd, err := readInRoot(rootfs, "etc/passwd")
+	if err != nil {
+		return "/"
+	}
+	entries, err := user.ParsePasswdFilter(bytes.NewReader(passwd), func(u user.User) bool { return u.Uid == int(uid) })
+	if err != nil || len(entries) == 0 {
+		return "/"
+	}
+	return entries[0].Home
+}
+
 // maxUnixID is the largest ID inside a step: a step's range has 65536 of them.
 const maxUnixID = math.MaxUint16
 

@@ -129,7 +129,7 @@ func overlay(tree sandbox.Tree, opts Options) (_ int, err error) {
 			if err != nil {
 				return -1, fmt.Errorf("%s: %w", o[0], err)
 			}
-			fd, err := unix.Openat2(top, rel, &unix.OpenHow{
+			fd, err := openat2(top, rel, &unix.OpenHow{
 				Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 				Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
 			})

@@ -29,6 +29,8 @@ type Options struct {
 	// Suid lets setuid programs and file capabilities work. It is for the root
 	// of a step only.
 	Suid bool
+	// Noexec keeps everyone from executing what is shown.
+	Noexec bool
 	// Volatile leaves out the flush of the whole file system that the unmount of
 	// a writable overlay makes. Who sets it flushes what has to survive a crash
 	// of the node.
@@ -159,6 +161,9 @@ func detached(tree sandbox.Tree, opts Options) (fd int, dir bool, err error) {
 	if opts.Readonly {
 		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
+	if opts.Noexec {
+		attr.Attr_set |= unix.MOUNT_ATTR_NOEXEC
+	}
 	if opts.IDMap != nil && !mapped {
 		attr.Attr_set |= unix.MOUNT_ATTR_IDMAP
 		attr.Userns_fd = uint64(opts.IDMap.UserNS)
@@ -201,7 +206,7 @@ func bind(dir, subpath string) (int, error) {
 // cloneIn returns a detached mount of subpath, resolved as if root were the root
 // directory.
 func cloneIn(root int, subpath string) (int, error) {
-	sub, err := unix.Openat2(root, subpath, &unix.OpenHow{
+	sub, err := openat2(root, subpath, &unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	})
@@ -214,6 +219,17 @@ func cloneIn(root int, subpath string) (int, error) {
 		return -1, fmt.Errorf("open %q as a tree: %w", subpath, err)
 	}
 	return fd, nil
+}
+
+// openat2 opens name below dir. A step out of a directory by ".." fails with EAGAIN when
+// something is renamed or mounted anywhere on the node at that moment.
+func openat2(dir int, name string, how *unix.OpenHow) (fd int, err error) {
+	for range 1000 {
+		if fd, err = unix.Openat2(dir, name, how); !errors.Is(err, unix.EAGAIN) {
+			return fd, err
+		}
+	}
+	return fd, err
 }
 
 // tmpfs returns a detached in-memory file system that the mapped root owns.

@@ -15,15 +15,11 @@ import (
 	"time"
 
 	"github.com/moby/sys/mountinfo"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 )
-
-// cgroupRoot is where the node's cgroup hierarchies are mounted.
-const cgroupRoot = "/sys/fs/cgroup"
 
 // removeStepDir removes a step's directory. It never goes into a directory in it:
 // those are mount points, and what is mounted is not the step's to delete.
@@ -48,15 +44,15 @@ func removeStepDir(dir string) error {
 // recover removes what a killed process left in the state directory: its mounts,
 // and by that its files, and its steps with their cgroups.
 func (r *Runtime) recover() error {
-	entries, err := os.ReadDir(r.runc.cgroup(r.cgroupParent()))
+	entries, err := os.ReadDir(r.cgroupDir(r.cgroupParent()))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("read cgroups of former steps: %w", err)
 	}
 	for _, e := range entries {
 		if e.IsDir() && sandbox.ValidID(e.Name()) {
 			cgroup := path.Join(r.cgroupParent(), e.Name())
-			r.runc.killCgroup(cgroup)
-			r.runc.removeCgroup(cgroup)
+			r.killCgroup(cgroup)
+			r.removeCgroup(cgroup)
 		}
 	}
 	return nil
@@ -84,9 +80,9 @@ func unmountBelow(dir string) error {
 }
 
 // killCgroup kills the processes of a cgroup, and waits until they are gone.
-func (r *runc) killCgroup(name string) {
+func (r *Runtime) killCgroup(name string) {
 	for range 100 {
-		data, _ := os.ReadFile(filepath.Join(r.cgroup(name), "cgroup.procs"))
+		data, _ := os.ReadFile(filepath.Join(r.cgroupDir(name), "cgroup.procs"))
 		pids := strings.Fields(string(data))
 		if len(pids) == 0 {
 			return
@@ -100,13 +96,32 @@ func (r *runc) killCgroup(name string) {
 	}
 }
 
+// cgroup2 returns a detached mount of the unified cgroup hierarchy.
+func cgroup2() (*os.File, error) {
+	fs, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup file system: %w", err)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return nil, fmt.Errorf("make cgroup file system: %w", err)
+	}
+	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("mount cgroup file system: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "cgroup2"), nil
+}
+
+// cgroupDir returns the directory of a cgroup.
+func (r *Runtime) cgroupDir(name string) string { return filepath.Join(pathOf(r.cgroups), name) }
+
 // removeCgroup removes an empty cgroup. One that is in use stays, which is what
 // its user wants.
-func (r *runc) removeCgroup(name string) { _ = unix.Rmdir(r.cgroup(name)) }
+func (r *Runtime) removeCgroup(name string) { _ = unix.Rmdir(r.cgroupDir(name)) }
 
-// mountState mounts an in-memory file system at dir whose later mounts show up in
-// other mount namespaces. The files of a step are many and short-lived, which disks
-// are slow at.
+// mountState mounts an in-memory file system at dir. The files of a step are
+// short-lived, which disks are slow at.
 func mountState(dir string) error {
 	fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -129,9 +144,6 @@ func mountState(dir string) error {
 	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("attach tmpfs at %s: %w", dir, err)
 	}
-	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
-		return errors.Join(fmt.Errorf("share mount at %s: %w", dir, err), unmountState(dir))
-	}
 	return nil
 }
 
@@ -139,36 +151,6 @@ func mountState(dir string) error {
 func unmountState(dir string) error {
 	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount %s: %w", dir, err)
-	}
-	return nil
-}
-
-// ownSysfs mounts sysfs for the step's network namespace and puts it into spec in
-// place of runc's. Only the owner of a network namespace may mount its sysfs, and
-// that is the node here, not the step's user namespace.
-func ownSysfs(owned *cleanup, spec *specs.Spec, dir, netns string) error {
-	target := filepath.Join(dir, "sys")
-	if err := os.Mkdir(target, 0o755); err != nil {
-		return fmt.Errorf("make mount point: %w", err)
-	}
-	fd, err := sysfsOf(netns)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("attach sysfs: %w", err)
-	}
-	owned.add(func() error {
-		if err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
-			return fmt.Errorf("unmount sysfs: %w", err)
-		}
-		return nil
-	})
-	for i := range spec.Mounts {
-		if spec.Mounts[i].Destination == "/sys" {
-			spec.Mounts[i] = specs.Mount{Destination: "/sys", Type: "bind", Source: target, Options: []string{"bind"}}
-		}
 	}
 	return nil
 }
@@ -218,6 +200,9 @@ func mountSysfs(netns string, back func(error)) (int, error) {
 		return -1, fmt.Errorf("open sysfs: %w", err)
 	}
 	defer unix.Close(fs)
+	if err := unix.FsconfigSetFlag(fs, "ro"); err != nil {
+		return -1, fmt.Errorf("make sysfs read-only: %w", err)
+	}
 	if err := unix.FsconfigCreate(fs); err != nil {
 		return -1, fmt.Errorf("make sysfs: %w", err)
 	}

@@ -28,7 +28,7 @@ func victim(dir string) {
 		step := &sandbox.Step{
 			ID: "victim", Network: sandbox.NetworkNone,
 			Root:    sandbox.Tree{Lower: []string{filepath.Join(dir, "root")}, Upper: filepath.Join(dir, "fs"), Work: filepath.Join(dir, "work")},
-			Process: sandbox.Process{Args: []string{"/bin/sleep", "1000"}, Cwd: "/"},
+			Process: sandbox.Process{Args: []string{"/bin/sleep", "1000"}, Cwd: "/", User: "www"},
 		}
 		_, err = r.Run(context.Background(), step, func() { fmt.Println("up") })
 	}
@@ -36,13 +36,13 @@ func victim(dir string) {
 	os.Exit(1)
 }
 
-func TestRecoverAfterKill(t *testing.T) {
-	census(t)
-	dir := openDir(t)
+// kill runs a step below dir in a process of its own, kills that process, and returns
+// the IDs that the sandboxes' processes had.
+func kill(t *testing.T, dir string, cfg Config) (pids []string) {
+	t.Helper()
 	for _, d := range []string{"fs", "work"} {
 		require.NoError(t, os.Mkdir(filepath.Join(dir, d), 0o755))
 	}
-	require.NoError(t, os.Symlink(busybox(t), filepath.Join(dir, "root")))
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), victimEnv+"="+dir)
 	cmd.Stderr = os.Stderr
@@ -52,37 +52,81 @@ func TestRecoverAfterKill(t *testing.T) {
 	line, err := bufio.NewReader(out).ReadString('\n')
 	require.NoError(t, err)
 	require.Equal(t, "up\n", line)
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // sandboxes are made ahead meanwhile
 
-	cfg := testConfig(filepath.Join(dir, "state"))
 	_, err = New(context.Background(), cfg)
 	require.ErrorContains(t, err, "in use", "its owner lives")
-	require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
-	require.Error(t, cmd.Wait())
-
-	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/victim/cgroup.procs"))
+	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/*/cgroup.procs"))
 	require.NoError(t, err)
-	var pids []string
 	for _, p := range procs {
 		data, err := os.ReadFile(p)
 		require.NoError(t, err)
 		pids = append(pids, strings.Fields(string(data))...)
 	}
-	require.NotEmpty(t, pids, "the step outlives its owner, or there is nothing to recover")
+	require.Greater(t, len(pids), 1, "the step, and at least one sandbox made ahead")
+	require.NoError(t, cmd.Process.Signal(syscall.SIGKILL))
+	require.Error(t, cmd.Wait())
+	return pids
+}
 
+// alive returns which processes there are. A dead one may wait for the node's init to
+// take notice of its end.
+func alive(pids []string) (living []string) {
+	for _, pid := range pids {
+		stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+		if len(stat) > 0 && !strings.Contains(string(stat), ") Z ") {
+			living = append(living, string(stat))
+		}
+	}
+	return living
+}
+
+// recovered makes a runtime after a kill, and wants nothing left.
+func recovered(t *testing.T, cfg Config) {
+	t.Helper()
+	left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/*/cgroup.procs"))
+	require.NoError(t, err)
+	require.NotEmpty(t, left, "there is nothing to recover")
 	r, err := New(context.Background(), cfg)
 	require.NoError(t, err)
-	for _, pid := range pids {
-		// It may wait for the node's init to take notice of its end.
-		stat, _ := os.ReadFile("/proc/" + pid + "/stat")
-		require.True(t, len(stat) == 0 || strings.Contains(string(stat), ") Z "), "%s lives: %s", pid, stat)
-	}
-	require.NoDirExists(t, r.runc.cgroup(filepath.Join(r.cgroupParent(), "victim")))
-	for _, d := range []string{"steps", "runc"} {
-		left, err := os.ReadDir(filepath.Join(dir, "state/run", d))
-		require.NoError(t, err)
-		require.Empty(t, left)
-	}
+	steps, err := os.ReadDir(filepath.Join(cfg.StateDir, "run/steps"))
+	require.NoError(t, err)
+	require.Empty(t, steps)
 	require.NoError(t, r.Close())
+	for _, cgroup := range left {
+		require.NoFileExists(t, cgroup)
+	}
+}
+
+func TestStepsEndWithTheirOwner(t *testing.T) {
+	census(t)
+	dir := openDir(t)
+	cfg := testConfig(filepath.Join(dir, "state"))
+	root := busybox(t)
+	require.NoError(t, os.Symlink(root, filepath.Join(dir, "root")))
+	pids := kill(t, dir, cfg)
+	require.Eventually(t, func() bool { return len(alive(pids)) == 0 }, 5*time.Second, 10*time.Millisecond, "a step, or a sandbox made ahead, outlives its owner")
+	recovered(t, cfg)
 	require.NoError(t, unix.Access(filepath.Join(dir, "root/bin/busybox"), unix.R_OK), "layers are never touched")
+}
+
+// TestRecoverAfterKill has a step that the kernel does not kill with its owner, as it
+// has executed a setuid program.
+func TestRecoverAfterKill(t *testing.T) {
+	census(t)
+	dir := openDir(t)
+	cfg := testConfig(filepath.Join(dir, "state"))
+	root := busybox(t)
+	require.NoError(t, os.Symlink(root, filepath.Join(dir, "root")))
+	sleep := filepath.Join(root, "bin/sleep")
+	require.NoError(t, os.Remove(sleep))
+	program, err := os.ReadFile(filepath.Join(root, "bin/busybox"))
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(sleep, program, 0o755))
+	require.NoError(t, os.Chmod(sleep, 0o755|os.ModeSetuid))
+	pids := kill(t, dir, cfg)
+	time.Sleep(200 * time.Millisecond)
+	require.Len(t, alive(pids), 1, "the step")
+	recovered(t, cfg)
+	require.Empty(t, alive(pids))
 }

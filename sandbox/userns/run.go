@@ -2,14 +2,13 @@ package userns
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -32,163 +31,217 @@ func (c *cleanup) run() error {
 	return errors.Join(errs...)
 }
 
+// running is a step from its registration to the end of its first process.
+type running struct {
+	step *sandbox.Step
+	// mounts are those of the step's trees, the root first.
+	mounts []*stepfs.Detached
+
+	// mu guards what follows. It is held for reading while another process of the
+	// step is being started.
+	mu         sync.RWMutex
+	cell       *cell // nil before the step runs and after it
+	noNewPrivs bool
+	foreign    bool
+}
+
+// open makes a mount of a tree of the step.
+func (r *running) open(c *cell, tree sandbox.Tree, opts stepfs.Options) (*stepfs.Detached, error) {
+	opts.Volatile, opts.IDMap = true, c.idMap()
+	m, err := stepfs.Open(tree, opts)
+	if err == nil {
+		r.mounts = append(r.mounts, m)
+	}
+	return m, err
+}
+
+// close closes the descriptors of the mounts.
+func (r *running) close() error {
+	var errs []error
+	for _, m := range r.mounts {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// settle is called when the mounts are gone.
+func (r *running) settle() error {
+	var errs []error
+	for _, m := range r.mounts {
+		errs = append(errs, m.Settle())
+	}
+	return errors.Join(errs...)
+}
+
 // Run implements sandbox.Runtime.
 func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (res *sandbox.Result, err error) {
 	if err := step.Validate(); err != nil {
 		return nil, fmt.Errorf("step: %w", err)
 	}
+	for _, m := range step.Mounts {
+		if d := path.Clean(m.Destination); d == "/proc" || strings.HasPrefix(d, "/proc/") {
+			return nil, fmt.Errorf("step: mount at %s: nothing can be mounted in /proc", m.Destination)
+		}
+	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("run step %s: %w", step.ID, context.Cause(ctx))
 	}
+	run := &running{step: step}
+	if err := r.register(run); err != nil {
+		return nil, err
+	}
+	defer r.unregister(run)
 	var owned cleanup
 	defer func() {
 		if cerr := owned.run(); cerr != nil {
 			res, err = nil, errors.Join(err, fmt.Errorf("clean up step %s: %w", step.ID, cerr))
 		}
 	}()
-	run := &running{step: step}
-	r.mu.Lock()
-	if r.running[step.ID] != nil {
-		r.mu.Unlock()
-		return nil, fmt.Errorf("step %s is running already", step.ID)
-	}
-	r.running[step.ID] = run
-	r.mu.Unlock()
-	owned.add(func() error {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		delete(r.running, step.ID)
-		return nil
-	})
-
 	dir := filepath.Join(stepsDir(r.cfg), step.ID)
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make step directory: %w", err)
 	}
 	owned.add(func() error { return removeStepDir(dir) })
-	if err := r.prepare(ctx, &owned, dir, run); err != nil {
+	if !step.ReadonlyRoot {
+		destinations := make([]string, len(step.Mounts))
+		for i, m := range step.Mounts {
+			destinations[i] = m.Destination
+		}
+		owned.add(sandbox.RecordStubs(step.Root, destinations).Remove)
+	}
+	owned.add(run.settle)
+	c, err := r.take(ctx, step.Network)
+	if err != nil {
+		return nil, blame(ctx, "prepare", step.ID, err)
+	}
+	// The sandbox's mounts are gone when Run returns; its cgroup and network need
+	// not be.
+	owned.add(func() error { r.discardLater(c); return nil })
+	owned.add(func() error { c.end(); return nil })
+	owned.add(run.close)
+	streams, err := connect(step.Process, c.ids.first)
+	if err != nil {
 		return nil, fmt.Errorf("prepare step %s: %w", step.ID, err)
 	}
-	ready := func() {
-		r.mu.Lock()
-		run.ready = true
-		r.mu.Unlock()
-		if started != nil {
-			started()
-		}
+	owned.add(streams.abort)
+	stop := context.AfterFunc(ctx, c.conn.Abort)
+	prog, err := r.prepare(c, run, dir, streams)
+	if err == nil {
+		err = prog.start(c.conn, c.proc.Pid, true)
 	}
-	res, err = r.supervise(ctx, dir, "init", step.Process, func() bool { return r.runc.executes(step.ID) }, ready, "run", "--bundle", dir, step.ID)
+	stop()
 	if err != nil {
-		// runc removes the container when it ends by itself only.
-		if derr := r.runc.delete(context.WithoutCancel(ctx), step.ID); derr != nil {
-			err = errors.Join(err, derr)
-		}
-		r.runc.removeCgroup(path.Join(r.cgroupParent(), step.ID))
+		return nil, blame(ctx, "start", step.ID, err)
+	}
+	run.enterable(c)
+	owned.add(func() error { run.enterable(nil); return nil })
+	if started != nil {
+		started()
+	}
+	if res, err = supervise(ctx, c.child, step.Process, streams); err != nil {
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
 	}
 	return res, nil
 }
 
-// prepare makes everything that the step needs below dir. What it makes is added
-// to owned in the order of making.
-func (r *Runtime) prepare(ctx context.Context, owned *cleanup, dir string, run *running) error {
+// enterable sets the sandbox in which Exec can start processes.
+func (r *running) enterable(c *cell) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cell = c
+}
+
+// blame returns the error of a step that could not start, which is ctx's when that
+// is why.
+func blame(ctx context.Context, what, id string, err error) error {
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return fmt.Errorf("%s step %s: %w", what, id, err)
+}
+
+func (r *Runtime) register(run *running) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.running[run.step.ID] != nil {
+		return fmt.Errorf("step %s is running already", run.step.ID)
+	}
+	r.running[run.step.ID] = run
+	return nil
+}
+
+func (r *Runtime) unregister(run *running) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.running, run.step.ID)
+}
+
+// prepare puts everything that the step needs into the cell, and returns the program
+// that remains to be executed. dir is for files of the step.
+func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (*program, error) {
 	step := run.step
-	owner := step.Owner
-	if owner == "" {
-		owner = "\x00" + step.ID
-	}
-	ids, err := r.ranges.acquire(owner)
+	root, err := run.open(c, step.Root, stepfs.Options{Suid: true})
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("root: %w", err)
 	}
-	owned.add(func() error { return r.ranges.release(ids) })
-
-	netns, nameservers, err := r.network(ctx, owned, step)
+	rootfs := pathOf(root.File)
+	user, err := sandbox.ResolveUser(rootfs, step.Process.User)
 	if err != nil {
-		return err
+		return nil, err
 	}
-
-	destinations := make([]string, len(step.Mounts))
-	for i, m := range step.Mounts {
-		destinations[i] = m.Destination
+	run.noNewPrivs, run.foreign = !sandbox.NeedsSetuid(rootfs), runsForeign(rootfs)
+	e := entry{root: root, readonly: step.ReadonlyRoot, hostname: step.Hostname, shmSize: step.ShmSize, cwd: step.Process.Cwd}
+	if e.hostname == "" {
+		e.hostname = sandbox.DefaultHostname
 	}
-	if !step.ReadonlyRoot {
-		stubs := sandbox.RecordStubs(step.Root, destinations)
-		owned.add(stubs.Remove)
+	files, err := etcFiles(dir, c, step)
+	for _, f := range files {
+		defer f.mount.Close()
 	}
-	run.rootfs = filepath.Join(dir, "rootfs")
-	unmount, err := stepfs.Make(step.Root, run.rootfs, stepfs.Options{Suid: true, Volatile: true, IDMap: ids.idMap()})
 	if err != nil {
-		return fmt.Errorf("root: %w", err)
+		return nil, err
 	}
-	owned.add(unmount)
-
-	user, err := sandbox.ResolveUser(run.rootfs, step.Process.User)
-	if err != nil {
-		return err
-	}
-	run.noNewPrivs = !sandbox.NeedsSetuid(run.rootfs)
-	spec := sandbox.BaseSpec(step, step.Process, user, netns, run.noNewPrivs)
-	clampDefaults(spec.Process, step.Process)
-	if spec.Linux.Seccomp != nil && !runsForeign(run.rootfs) {
-		spec.Linux.Seccomp.Architectures = nil
-	}
-	spec.Root.Path = run.rootfs
-	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids.mapping(), ids.mapping()
-	// The cgroup namespace hides where in the node's cgroups the step is.
-	spec.Linux.Namespaces = append(spec.Linux.Namespaces,
-		specs.LinuxNamespace{Type: specs.UserNamespace}, specs.LinuxNamespace{Type: specs.CgroupNamespace})
-	spec.Linux.CgroupsPath = path.Join(r.cgroupParent(), step.ID)
-	if netns != "" {
-		if err := ownSysfs(owned, spec, dir, netns); err != nil {
-			return err
-		}
-	}
-	if err := addEtcFiles(spec, dir, step, nameservers, ids); err != nil {
-		return err
-	}
-	for i, m := range step.Mounts {
-		source := filepath.Join(dir, fmt.Sprint("mount", i))
-		unmount, err := stepfs.Make(m.Tree, source, stepfs.Options{Readonly: m.Readonly, Subpath: m.Subpath, Volatile: true, IDMap: ids.idMap()})
+	e.places = files
+	for _, m := range step.Mounts {
+		mount, err := run.open(c, m.Tree, stepfs.Options{Readonly: m.Readonly, Subpath: m.Subpath})
 		if err != nil {
-			return fmt.Errorf("mount for %s: %w", m.Destination, err)
+			return nil, fmt.Errorf("mount for %s: %w", m.Destination, err)
 		}
-		owned.add(unmount)
-		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: source, Options: []string{"bind"}})
+		e.places = append(e.places, place{mount, m.Destination})
 	}
-	return writeJSON(filepath.Join(dir, "config.json"), spec)
+	prog, err := r.newProgram(processOf(step.Process, user, run.noNewPrivs), rootfs, run.foreign)
+	if err != nil {
+		return nil, err
+	}
+	return &prog, e.run(c.conn, &prog, streams)
 }
 
-// network returns the step's network namespace; an empty path asks runc for a new
-// one without any device but loopback.
-func (r *Runtime) network(ctx context.Context, owned *cleanup, step *sandbox.Step) (string, []netip.Addr, error) {
-	if r.cfg.Networks == nil {
-		if step.Network != sandbox.NetworkNone {
-			return "", nil, fmt.Errorf("network %s is not set up on this node: use network %s", step.Network, sandbox.NetworkNone)
-		}
-		return "", nil, nil
-	}
-	network, err := r.cfg.Networks.Acquire(ctx, step.Network)
+// newProgram returns the program that a spec describes in a root.
+func (r *Runtime) newProgram(sp *specs.Process, rootfs string, foreign bool) (program, error) {
+	filter, err := r.filters.of(foreign)
 	if err != nil {
-		return "", nil, fmt.Errorf("get network %s: %w", step.Network, err)
+		return program{}, err
 	}
-	owned.add(network.Release)
-	return network.Path(), network.Nameservers(), nil
+	return newProgram(sp, func() string { return sandbox.HomeDir(rootfs, sp.User.UID) }, filter)
 }
 
-// addEtcFiles mounts the step's files below /etc.
-func addEtcFiles(spec *specs.Spec, dir string, step *sandbox.Step, nameservers []netip.Addr, ids *idRange) error {
-	files, err := sandbox.WriteEtcFiles(dir, step, nameservers)
+// etcFiles makes the step's own files below /etc in dir, and mounts of them.
+func etcFiles(dir string, c *cell, step *sandbox.Step) (places []place, err error) {
+	files, err := sandbox.WriteEtcFiles(dir, step, c.nameservers)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for destination, file := range files {
-		if err := os.Chown(file, int(ids.first), int(ids.first)); err != nil {
-			return fmt.Errorf("own %s: %w", file, err)
+		if err := os.Chown(file, int(c.ids.first), int(c.ids.first)); err != nil {
+			return places, fmt.Errorf("own %s: %w", file, err)
 		}
-		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: destination, Type: "bind", Source: file, Options: []string{"bind", "ro", "nosuid", "nodev", "noexec"}})
+		m, err := stepfs.Open(sandbox.Tree{Dir: file}, stepfs.Options{Readonly: true, Noexec: true})
+		if err != nil {
+			return places, err
+		}
+		places = append(places, place{m, destination})
 	}
-	return nil
+	return places, nil
 }
 
 // Exec implements sandbox.Runtime.
@@ -198,38 +251,85 @@ func (r *Runtime) Exec(ctx context.Context, stepID string, process sandbox.Proce
 	}
 	r.mu.Lock()
 	run := r.running[stepID]
-	ready := run != nil && run.ready
 	r.mu.Unlock()
-	if !ready {
+	if run == nil {
 		return nil, fmt.Errorf("exec in step %s: %w", stepID, sandbox.ErrNotRunning)
 	}
-	user, err := sandbox.ResolveUser(run.rootfs, process.User)
+	c, streams, err := r.join(ctx, run, process)
 	if err != nil {
 		return nil, fmt.Errorf("exec in step %s: %w", stepID, err)
 	}
-	dir, err := os.MkdirTemp(stepsDir(r.cfg), ".exec-")
+	defer streams.abort()
+	res, err := supervise(ctx, c, process, streams)
 	if err != nil {
-		return nil, fmt.Errorf("make directory for exec: %w", err)
-	}
-	defer removeStepDir(dir)
-	file := filepath.Join(dir, "process.json")
-	spec := sandbox.ProcessSpec(process, user, run.noNewPrivs)
-	clampDefaults(spec, process)
-	if err := writeJSON(file, spec); err != nil {
-		return nil, err
-	}
-	res, err := r.supervise(ctx, dir, "exec", process, nil, nil, "exec", "--process", file, stepID)
-	if err != nil {
-		if strings.Contains(err.Error(), "container not running") || strings.Contains(err.Error(), "does not exist") {
-			err = sandbox.ErrNotRunning
-		}
 		return nil, fmt.Errorf("exec in step %s: %w", stepID, err)
 	}
 	return res, nil
 }
 
-// clampDefaults lowers limits that nobody asked for to what this process may give.
-// Without CAP_SYS_RESOURCE runc could not raise them above its own.
+// join starts a process in a running step.
+func (r *Runtime) join(ctx context.Context, run *running, process sandbox.Process) (_ *child, _ *streams, err error) {
+	run.mu.RLock()
+	defer run.mu.RUnlock()
+	if run.cell == nil {
+		return nil, nil, sandbox.ErrNotRunning
+	}
+	streams, err := connect(process, run.cell.ids.first)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := r.enter(ctx, run, process, streams)
+	if err != nil {
+		streams.abort()
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		} else if !run.cell.alive() {
+			err = sandbox.ErrNotRunning
+		}
+		return nil, nil, err
+	}
+	return c, streams, nil
+}
+
+func (r *Runtime) enter(ctx context.Context, run *running, process sandbox.Process, streams *streams) (*child, error) {
+	rootfs := pathOf(run.mounts[0].File)
+	user, err := sandbox.ResolveUser(rootfs, process.User)
+	if err != nil {
+		return nil, err
+	}
+	prog, err := r.newProgram(processOf(process, user, run.noNewPrivs), rootfs, run.foreign)
+	if err != nil {
+		return nil, err
+	}
+	pidfd, err := unix.PidfdOpen(run.cell.proc.Pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("find process of the step: %w", err)
+	}
+	target := os.NewFile(uintptr(pidfd), "pidfd")
+	defer target.Close()
+	c, conn, err := r.zygote.make(birth{pid: target, cgroup: run.cell.cgroup})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, conn.Abort)
+	defer stop()
+	err = prog.join(conn, target, streams)
+	if err == nil {
+		err = prog.start(conn, c.proc.Pid, false)
+	}
+	if err != nil {
+		c.kill()
+		return nil, err
+	}
+	return c, nil
+}
+
+// pathOf returns a path of what a descriptor is for.
+func pathOf(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+
+// clampDefaults lowers limits that nobody asked for to what this process may give:
+// without CAP_SYS_RESOURCE none above its own.
 func clampDefaults(spec *specs.Process, p sandbox.Process) {
 	if len(p.Rlimits) > 0 {
 		return
@@ -241,15 +341,4 @@ func clampDefaults(spec *specs.Process, p sandbox.Process) {
 			spec.Rlimits[i].Soft = min(l.Soft, own.Max)
 		}
 	}
-}
-
-func writeJSON(file string, v any) error {
-	data, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", filepath.Base(file), err)
-	}
-	if err := os.WriteFile(file, data, 0o600); err != nil {
-		return fmt.Errorf("write runtime spec: %w", err)
-	}
-	return nil
 }

@@ -1,11 +1,19 @@
-// Package userns runs build steps with runc in user namespaces.
+// Package userns runs build steps on the node's kernel, in user namespaces.
 //
 // It promises that no process of a step has an ID on the node below FirstID, and
-// that two owners never run under the same IDs at the same time, also when
-// several processes use the package. The kernel shifts IDs while a step runs; on
-// disk its layers stay as an image needs them. A step's processes, cgroup,
-// namespaces and mounts are gone when Run returns; what a killed process left is
-// gone when New returns.
+// that no two sandboxes have the same IDs at the same time, also when several
+// processes use the package. The kernel shifts IDs while a step runs; on disk its
+// layers stay as an image needs them. A step's processes and mounts are gone when Run
+// returns, its cgroup and network soon after, and all of them when Close returns. If
+// this process is killed, its steps are killed too; what remains of them is gone when
+// the next New returns.
+//
+// Sandboxes are made ahead, because making one takes longer than most steps: a
+// process in its namespaces and cgroup, with everything mounted that is the same for
+// all steps, waits for a step. It has seen nothing of any build, serves one step, and
+// is never used again. The program that waits is a few instructions long (see package
+// script); all decisions are made here. What a step finds is what runc would give it,
+// and tests compare the two.
 package userns
 
 import (
@@ -13,10 +21,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
@@ -30,10 +38,9 @@ const DefaultCgroupParent = "/kiln"
 
 // Config says where the runtime finds and keeps things.
 type Config struct {
-	// RuncPath is the runc program; empty means runc on the PATH.
+	// RuncPath is not used.
 	RuncPath string
-	// StateDir belongs to one runtime. All directories above it have to be
-	// searchable by everyone, because steps run under IDs that own nothing.
+	// StateDir belongs to one runtime.
 	StateDir string
 	// Networks gives steps their network. Without it steps can have none.
 	Networks sandbox.Networks
@@ -45,9 +52,6 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	if c.RuncPath == "" {
-		c.RuncPath = "runc"
-	}
 	if c.CgroupParent == "" {
 		c.CgroupParent = DefaultCgroupParent
 	}
@@ -61,20 +65,22 @@ func (c Config) withDefaults() Config {
 type Runtime struct {
 	cfg    Config
 	lock   *os.File
-	runc   *runc
+	zygote *zygote
 	ranges *ranges
+	// cgroups is a mount of the unified cgroup hierarchy.
+	cgroups *os.File
+	// template is the spec of a step, of which sandboxes are made.
+	template *specs.Spec
+	filters  *filters
+	pool     *pool
 
+	background sync.WaitGroup
+
+	// mu guards what follows.
 	mu      sync.Mutex
 	running map[string]*running
-}
-
-// running is a step between the start and the end of its first process.
-type running struct {
-	step  *sandbox.Step
-	ready bool
-	// rootfs is where the step's root is mounted on the node.
-	rootfs     string
-	noNewPrivs bool
+	cells   int   // made so far
+	failed  error // what could not be released in the background
 }
 
 var _ sandbox.Runtime = (*Runtime)(nil)
@@ -92,9 +98,6 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	// The kernel lists mounts without symlinks.
 	if cfg.StateDir, err = filepath.EvalSymlinks(cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("resolve state directory: %w", err)
-	}
-	if err := searchable(memDir(cfg)); err != nil {
-		return nil, err
 	}
 	lock, err := lockFile(filepath.Join(cfg.StateDir, "lock"))
 	if err != nil {
@@ -119,21 +122,29 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 			err = errors.Join(err, unmountState(memDir(cfg)))
 		}
 	}()
-	for _, dir := range []string{stepsDir(cfg), runcDir(cfg)} {
+	for _, dir := range []string{stepsDir(cfg), roomDir(cfg)} {
 		if err := os.Mkdir(dir, 0o711); err != nil {
 			return nil, fmt.Errorf("make state directory: %w", err)
 		}
 	}
-	rc, err := newRunc(cfg.RuncPath, runcDir(cfg))
-	if err != nil {
+	r := &Runtime{cfg: cfg, lock: lock, ranges: newRanges(cfg.UIDRangeDir), running: map[string]*running{}}
+	r.template = sandbox.BaseSpec(&sandbox.Step{}, sandbox.Process{}, sandbox.UserIDs{}, "", true)
+	r.filters = newFilters(r.template)
+	if r.cgroups, err = cgroup2(); err != nil {
 		return nil, err
 	}
-	r := &Runtime{cfg: cfg, lock: lock, runc: rc, running: map[string]*running{}}
-	r.ranges = newRanges(cfg.UIDRangeDir, rc)
+	defer func() {
+		if err != nil {
+			r.cgroups.Close()
+		}
+	}()
 	if err := r.recover(); err != nil {
-		rc.close()
 		return nil, fmt.Errorf("clean up after a former process: %w", err)
 	}
+	if r.zygote, err = newZygote(roomDir(cfg)); err != nil {
+		return nil, err
+	}
+	r.pool = newPool(r)
 	return r, nil
 }
 
@@ -148,32 +159,33 @@ func (r *Runtime) Close() error {
 	if n > 0 {
 		return fmt.Errorf("close userns runtime: %d steps are still running", n)
 	}
-	r.runc.removeCgroup(r.cgroupParent())
-	r.runc.removeCgroup(r.cfg.CgroupParent)
-	r.runc.close()
-	return errors.Join(unmountState(memDir(r.cfg)), r.ranges.close(), r.lock.Close())
+	errs := []error{r.pool.close()}
+	r.background.Wait()
+	r.zygote.close()
+	r.removeCgroup(r.cgroupParent())
+	r.removeCgroup(r.cfg.CgroupParent)
+	r.mu.Lock()
+	errs = append(errs, r.failed)
+	r.mu.Unlock()
+	return errors.Join(append(errs, r.cgroups.Close(), unmountState(memDir(r.cfg)), r.ranges.close(), r.lock.Close())...)
+}
+
+// discardLater releases the sandbox of a step that is over.
+func (r *Runtime) discardLater(c *cell) {
+	r.background.Go(func() { r.fail(r.discard(c)) })
+}
+
+// fail keeps an error of something in the background for Close.
+func (r *Runtime) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = errors.Join(r.failed, err)
 }
 
 // memDir holds everything that lives as long as a step.
 func memDir(cfg Config) string   { return filepath.Join(cfg.StateDir, "run") }
 func stepsDir(cfg Config) string { return filepath.Join(memDir(cfg), "steps") }
-func runcDir(cfg Config) string  { return filepath.Join(memDir(cfg), "runc") }
-
-// searchable refuses a directory that a process with unknown IDs cannot reach.
-func searchable(dir string) error {
-	for ; ; dir = filepath.Dir(dir) {
-		st, err := os.Stat(dir)
-		if err != nil {
-			return fmt.Errorf("check state directory: %w", err)
-		}
-		if st.Mode().Perm()&0o001 == 0 {
-			return fmt.Errorf("directory %s is not searchable for everyone, so that steps could not reach their root: chmod o+x it, or choose another state directory", dir)
-		}
-		if dir == "/" {
-			return nil
-		}
-	}
-}
+func roomDir(cfg Config) string  { return filepath.Join(memDir(cfg), "zygote") }
 
 // lockFile opens and locks path; it returns nil when someone else has the lock.
 func lockFile(path string) (*os.File, error) {
@@ -204,16 +216,7 @@ func Check(ctx context.Context, cfg Config) error {
 	if err := unix.Capget(&header, &caps[0]); err != nil || caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
 		return missing("CAP_SYS_ADMIN", "run as root, or give the agent's container CAP_SYS_ADMIN", err)
 	}
-	path, err := exec.LookPath(cfg.RuncPath)
-	if err != nil {
-		return missing("runc", "install runc 1.2 or later, or set its path", err)
-	}
-	rc, err := newRunc(path, runcDir(cfg))
-	if err != nil {
-		return missing("a usable runc", "install runc 1.2 or later", err)
-	}
-	defer rc.close()
-	ns, err := newUserNS(rc, FirstID)
+	ns, err := newUserNS(FirstID)
 	if err != nil {
 		return missing("user namespaces", "set the sysctl user.max_user_namespaces above 0", err)
 	}
