@@ -64,12 +64,12 @@ func census(t *testing.T, dir string) []string {
 			out = append(out, "mount "+line)
 		}
 	}
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := settled(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 	require.NoError(t, err)
 	for _, r := range routes {
 		out = append(out, "route "+r.String())
 	}
-	links, err := netlink.LinkList()
+	links, err := settled(netlink.LinkList)
 	require.NoError(t, err)
 	for _, l := range links {
 		if strings.HasPrefix(l.Attrs().Name, linkName(dir)) {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"time"
@@ -141,6 +142,12 @@ func (c *Cluster) Registry() string { return c.registry }
 // Image returns the full name of one of the images that the cluster brings into
 // its registry: "pause" or "busybox".
 func (c *Cluster) Image(name string) string { return c.registry + "/kiln/" + name + ":1" }
+
+// Kubectl returns a command of kubectl as the administrator, which runs in the
+// caller's namespaces.
+func (c *Cluster) Kubectl(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig=" + c.Kubeconfig()}, args...)...)
+}
 
 // Control returns the machine of the control plane: etcd, the API server, the
 // controller manager, the scheduler and the registry.

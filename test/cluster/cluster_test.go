@@ -5,20 +5,17 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes"
@@ -77,6 +74,8 @@ func TestCluster(t *testing.T) {
 		{"pods see the host paths of their own node", testHostPaths},
 		{"pods run images from the registry", testRegistry},
 		{"services are reached by address and name", testService},
+		{"pods reach the API server by its Service", testInCluster},
+		{"runtime classes name the nodes' handlers", testRuntimeClasses},
 		{"commands run in pods and machines", testExec},
 		{"the API server comes back", testAPIServerFault},
 		{"pods survive their containerd", testContainerdFault},
@@ -116,8 +115,9 @@ func testSecondUp(t *testing.T, b *bench) {
 }
 
 func testPods(t *testing.T, b *bench) {
-	for _, n := range b.Nodes() {
-		pod := b.pod(n, "sh", "-c", "echo hello from $(hostname)")
+	pods := b.podsOnAll("sh", "-c", "echo hello from $(hostname)")
+	b.create(t, pods...)
+	for _, pod := range pods {
 		require.Equal(t, "hello from "+pod.Name+"\n", b.finish(t, pod))
 	}
 }
@@ -133,14 +133,17 @@ func testUserNamespace(t *testing.T, b *bench) {
 
 func testHostPaths(t *testing.T, b *bench) {
 	both := corev1.MountPropagationBidirectional
-	for _, n := range b.Nodes() {
-		pod := b.pod(n, "sh", "-c", "test ! -e /host/owner && echo $NODE >/host/owner && mkdir /host/m && mount -t tmpfs m /host/m && echo $NODE >/host/m/owner && test -S /run/containerd/containerd.sock")
+	pods := b.podsOnAll("sh", "-c", "test ! -e /host/owner && echo $NODE >/host/owner && mkdir /host/m && mount -t tmpfs m /host/m && echo $NODE >/host/m/owner && test -S /run/containerd/containerd.sock")
+	for _, pod := range pods {
 		ctr := &pod.Spec.Containers[0]
-		ctr.Env = []corev1.EnvVar{{Name: "NODE", Value: n.Name()}}
+		ctr.Env = []corev1.EnvVar{{Name: "NODE", Value: pod.Spec.NodeName}}
 		ctr.SecurityContext = &corev1.SecurityContext{Privileged: new(bool)}
 		*ctr.SecurityContext.Privileged = true
 		ctr.VolumeMounts = []corev1.VolumeMount{{Name: "kiln", MountPath: "/host", MountPropagation: &both}, {Name: "run", MountPath: "/run/containerd"}}
 		pod.Spec.Volumes = []corev1.Volume{hostPath("kiln", "/var/lib/kiln"), hostPath("run", "/run/containerd")}
+	}
+	b.create(t, pods...)
+	for _, pod := range pods {
 		require.Empty(t, b.finish(t, pod))
 	}
 	for _, n := range b.Nodes() {
@@ -157,25 +160,11 @@ func hostPath(name, path string) corev1.Volume {
 }
 
 func testRegistry(t *testing.T, b *bench) {
-	transport := remote.DefaultTransport.(*http.Transport).Clone()
-	t.Cleanup(transport.CloseIdleConnections)
-	base, err := name.NewTag(b.Image("busybox"), name.Insecure)
+	image, err := b.PushImage(b.ctx, "test/pulled:new", map[string]string{"/greeting": "testdata/greeting"},
+		v1.Config{Cmd: []string{"cat", "/greeting"}})
 	require.NoError(t, err)
-	img, err := remote.Image(base, remote.WithTransport(transport))
-	require.NoError(t, err)
-	img, err = mutate.AppendLayers(empty.Image, must(img.Layers())...)
-	require.NoError(t, err)
-	file := must(img.ConfigFile()).DeepCopy()
-	file.OS, file.Architecture = "linux", "amd64"
-	file.Config.Cmd = []string{"/bin/busybox", "echo", "pulled"}
-	img, err = mutate.ConfigFile(img, file)
-	require.NoError(t, err)
-	ref, err := name.NewTag(b.Registry()+"/test/pulled:new", name.Insecure)
-	require.NoError(t, err)
-	require.NoError(t, remote.Write(ref, img, remote.WithTransport(transport)))
-
 	pod := b.pod(b.Nodes()[1])
-	pod.Spec.Containers[0].Image = ref.String()
+	pod.Spec.Containers[0].Image = image
 	require.Equal(t, "pulled\n", b.finish(t, pod))
 }
 
@@ -199,18 +188,43 @@ func testService(t *testing.T, b *bench) {
 		require.NoError(t, err)
 		require.Equal(t, "served\n", string(data))
 	}, 20*time.Second, 100*time.Millisecond, "the caller does not reach the Service")
-	for _, n := range b.Nodes() {
-		pod := b.pod(n, "wget", "-qO-", "http://server")
-		require.Equal(t, "served\n", b.finish(t, pod), "from %s", n.Name())
+	pods := b.podsOnAll("wget", "-qO-", "http://server")
+	b.create(t, pods...)
+	for _, pod := range pods {
+		require.Equal(t, "served\n", b.finish(t, pod), "from %s", pod.Spec.NodeName)
 	}
+}
+
+func testInCluster(t *testing.T, b *bench) {
+	pod := b.pod(b.Nodes()[1], "/programs/kubectl", "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}")
+	pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "programs", MountPath: "/programs"}}
+	pod.Spec.Volumes = []corev1.Volume{hostPath("programs", b.bin)}
+	require.Equal(t, "system:serviceaccount:default:default", b.finish(t, pod))
+}
+
+func testRuntimeClasses(t *testing.T, b *bench) {
+	for name, handler := range map[string]string{"gvisor": "runsc", "userns": "userns"} {
+		_, err := b.client.NodeV1().RuntimeClasses().Create(b.ctx, &nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Handler: handler}, metav1.CreateOptions{})
+		require.NoError(t, err)
+	}
+	node, err := b.client.CoreV1().Nodes().Get(b.ctx, "node1", metav1.GetOptions{})
+	require.NoError(t, err)
+	var names []string
+	for _, h := range node.Status.RuntimeHandlers {
+		names = append(names, h.Name)
+	}
+	require.ElementsMatch(t, []string{"", "runc", "runsc", "userns"}, names)
+	class := "userns"
+	pod := b.pod(b.Nodes()[0], "echo", "ran")
+	pod.Spec.RuntimeClassName = &class
+	require.Equal(t, "ran\n", b.finish(t, pod))
 }
 
 func testExec(t *testing.T, b *bench) {
 	pod := b.pod(b.Nodes()[1], "sleep", "1000")
 	b.create(t, pod)
 	b.wait(t, pod, corev1.PodRunning)
-	cmd := exec.CommandContext(b.ctx, filepath.Join(b.bin, "kubectl"), "--kubeconfig="+b.Kubeconfig(), "exec", pod.Name, "--", "hostname")
-	out, err := cmd.CombinedOutput()
+	out, err := b.Kubectl(b.ctx, "exec", pod.Name, "--", "hostname").CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	require.Equal(t, pod.Name+"\n", string(out))
 
@@ -247,11 +261,4 @@ func testContainerdFault(t *testing.T, b *bench) {
 	require.NoError(t, err)
 	require.NoError(t, k.Restart(b.ctx))
 	require.Equal(t, "1\n2\n3\n4\n", b.finish(t, pod))
-}
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
 }

@@ -145,6 +145,8 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 		"--cluster-signing-cert-file="+pki+"/ca.crt",
 		"--cluster-signing-key-file="+pki+"/ca.key",
 		"--bind-address=127.0.0.1",
+		// A dead node is seen sooner than the usual 50 seconds.
+		"--node-monitor-grace-period=20s",
 		"--leader-elect=false",
 		"--profiling=false")
 	if err != nil {

@@ -79,7 +79,9 @@ func reserve(ctx context.Context, dir string, pid int) (addresses, error) {
 	}
 	defer mutex.Close()
 
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{}, 0)
+	routes, err := settled(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{}, 0)
+	})
 	if err != nil {
 		return addresses{}, fmt.Errorf("list routes: %w", err)
 	}
@@ -101,6 +103,17 @@ func reserve(ctx context.Context, dir string, pid int) (addresses, error) {
 	return a, errors.Join(
 		route(h, a.pods(), a.control()),
 		route(h, a.services(), a.control()))
+}
+
+// settled calls a listing of the kernel again as long as it is disturbed by a
+// change.
+func settled[T any](list func() ([]T, error)) ([]T, error) {
+	for range 100 {
+		if l, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return l, err
+		}
+	}
+	return nil, netlink.ErrDumpInterrupted
 }
 
 // choose finds the first number whose networks overlap none of the routes; a

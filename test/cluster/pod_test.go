@@ -28,11 +28,23 @@ func (b *bench) pod(n *Machine, command ...string) *corev1.Pod {
 	}
 }
 
-func (b *bench) create(t *testing.T, pod *corev1.Pod) {
+// podsOnAll describes one such Pod for every node.
+func (b *bench) podsOnAll(command ...string) []*corev1.Pod {
+	var pods []*corev1.Pod
+	for _, n := range b.Nodes() {
+		pods = append(pods, b.pod(n, command...))
+	}
+	return pods
+}
+
+// create creates Pods, unless they are already.
+func (b *bench) create(t *testing.T, pods ...*corev1.Pod) {
 	t.Helper()
-	_, err := b.client.CoreV1().Pods(pod.Namespace).Create(b.ctx, pod, metav1.CreateOptions{})
-	if !apierrors.IsAlreadyExists(err) {
-		require.NoError(t, err)
+	for _, pod := range pods {
+		_, err := b.client.CoreV1().Pods(pod.Namespace).Create(b.ctx, pod, metav1.CreateOptions{})
+		if !apierrors.IsAlreadyExists(err) {
+			require.NoError(t, err)
+		}
 	}
 }
 
