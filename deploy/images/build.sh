@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Builds kiln's images with kiln, and pushes them when REGISTRY is set.
+#   REGISTRY=registry.example.com/kiln TAG=v1 deploy/images/build.sh
+# Without REGISTRY they become OCI archives in bin/images. BIN is the directory of the programs. INSECURE=true pushes over plain HTTP.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=${KILN_ROOT:-/var/lib/kiln}
+bin=${BIN:-bin}
+tag=${TAG:-dev}
+cache=$root/images
+mkdir -p "$cache" "$bin/images"
+
+# git and ssh fetch sources, mount prepares the agent's container.
+packages=git,openssh-client,ca-certificates,mount
+if [ ! -e "$cache/agent-$packages.tar" ]; then
+	mmdebstrap --quiet --variant=minbase --include="$packages" \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+		bookworm "$cache/rootfs.tar.part"
+	mv "$cache/rootfs.tar.part" "$cache/agent-$packages.tar"
+fi
+context=$(mktemp -d)
+trap 'rm -rf "$context"' EXIT
+ln "$cache/agent-$packages.tar" "$context/rootfs.tar" 2>/dev/null || cp "$cache/agent-$packages.tar" "$context/rootfs.tar"
+
+image() { # name, context
+	local out="type=oci,dest=$bin/images/$1.tar,name=kiln/$1:$tag"
+	if [ -n "${REGISTRY:-}" ]; then
+		out="type=image,name=$REGISTRY/$1:$tag,push=true,registry.insecure=${INSECURE:-false}"
+	fi
+	"$bin/kiln" build --root "$root" --progress plain --provenance=false --build-context "bin=$bin" -f "deploy/images/$1/Dockerfile" -o "$out" "$2"
+	echo "${REGISTRY:-$bin/images}/$1:$tag"
+}
+image agent "$context"
+image controller deploy/images/controller
