@@ -68,7 +68,7 @@ func probeMount() error {
 }
 
 // stepVersion is the version of kiln's addition to runsc that this package knows.
-const stepVersion = 1
+const stepVersion = 2
 
 // checkVersion asks a sandbox whether its runsc has kiln's addition.
 func (b *box) checkVersion(ctx context.Context) error {

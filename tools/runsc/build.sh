@@ -29,7 +29,9 @@ cp filters/main.go "$src/gvisor/runsc/kilnfilters/"
 $go run -modfile="$src/go.mod" -trimpath gvisor.dev/gvisor/runsc/kilnfilters "$src/gvisor"
 rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
 
-cp sentry/step.go "$src/gvisor/runsc/boot/kiln_step.go"
+cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
+cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"
+cp sentry/tmpfs/layer.go "$src/gvisor/pkg/sentry/fsimpl/tmpfs/kiln_layer.go"
 $go build -modfile="$src/go.mod" -trimpath \
 	-ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$version+kiln" -o "$out.new" gvisor.dev/gvisor/runsc
 mv "$out.new" "$out"

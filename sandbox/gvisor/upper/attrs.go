@@ -2,6 +2,7 @@ package upper
 
 import (
 	"archive/tar"
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -75,23 +76,18 @@ func setPath(dir int, base string, h *tar.Header, chmod bool) error {
 // setXattrs calls set for the attributes that a layer keeps. What belongs to the
 // overlay or to the node (trusted., security. but file capabilities) is dropped.
 func setXattrs(h *tar.Header, set func(string, []byte) error) error {
-	for key, value := range h.PAXRecords {
-		name, ok := strings.CutPrefix(key, paxXattr)
-		if !ok {
-			continue
+	for key := range h.PAXRecords {
+		name, value, err := xattr(h, key)
+		if err != nil {
+			return err
 		}
-		data := []byte(value)
 		switch {
-		case strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay."), name == "security.capability":
-		case strings.HasPrefix(name, aclXattr):
-			var err error
-			if data, err = aclRecord(value); err != nil {
-				return fmt.Errorf("attribute %s: %w", clip(name), err)
-			}
+		case strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay."), name == "security.capability",
+			strings.HasPrefix(name, aclXattr):
 		default:
 			continue
 		}
-		err := set(name, data)
+		err = set(name, value)
 		if errors.Is(err, unix.EPERM) && strings.HasPrefix(name, "user.") {
 			// Only files and directories take user attributes on this node.
 			continue
@@ -101,6 +97,32 @@ func setXattrs(h *tar.Header, set func(string, []byte) error) error {
 		}
 	}
 	return nil
+}
+
+// recordXattr begins the records of extended attributes. What follows is the name
+// in base64, and the record's value is a colon and the attribute's, in base64: a
+// record can hold neither every byte nor nothing.
+const recordXattr = "KILN.xattr."
+
+// xattr decodes the attribute in the record called key. The name is empty when
+// the record is of something else.
+func xattr(h *tar.Header, key string) (name string, value []byte, err error) {
+	encoded, ok := strings.CutPrefix(key, recordXattr)
+	if !ok {
+		return "", nil, nil
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(encoded)
+	if err != nil || len(raw) == 0 || bytes.IndexByte(raw, 0) >= 0 {
+		return "", nil, fmt.Errorf("name of an attribute %q is not valid", clip(encoded))
+	}
+	content, ok := strings.CutPrefix(h.PAXRecords[key], ":")
+	if ok {
+		value, err = base64.RawURLEncoding.DecodeString(content)
+	}
+	if !ok || err != nil {
+		return "", nil, fmt.Errorf("value of attribute %s is not valid", clip(string(raw)))
+	}
+	return string(raw), value, nil
 }
 
 func times(t time.Time) []unix.Timespec {
@@ -115,10 +137,4 @@ func setTimes(fd int, t time.Time) error {
 		return fmt.Errorf("set time: %w", err)
 	}
 	return nil
-}
-
-// aclRecord decodes the value of an access control list, which the sandbox
-// writes in base64.
-func aclRecord(v string) ([]byte, error) {
-	return base64.RawStdEncoding.DecodeString(v)
 }

@@ -12,6 +12,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -31,10 +32,7 @@ type Options struct {
 	Lower []string
 }
 
-const (
-	paxXattr    = "SCHILY.xattr."
-	opaqueXattr = "trusted.overlay.opaque"
-)
+const opaqueXattr = "trusted.overlay.opaque"
 
 // Apply reads a tar stream from r and writes it into the directory dir. On error
 // the directory holds a part of the stream.
@@ -172,7 +170,11 @@ func (a *applier) entry(h *tar.Header, content io.Reader) error {
 	case tar.TypeLink:
 		return a.link(dir, base, name, h)
 	case tar.TypeFifo:
-		if err := unix.Mknodat(dir, base, unix.S_IFIFO|0o600, 0); err != nil {
+		kind := uint32(unix.S_IFIFO)
+		if h.PAXRecords[recordSocket] != "" {
+			kind = unix.S_IFSOCK
+		}
+		if err := unix.Mknodat(dir, base, kind|0o600, 0); err != nil {
 			return err
 		}
 		return setPath(dir, base, h, true)
@@ -231,7 +233,12 @@ func (a *applier) directory(dir int, base, name string, h *tar.Header) error {
 	return a.setDir(fd, name, h)
 }
 
-func isOpaque(h *tar.Header) bool { return h.PAXRecords[paxXattr+opaqueXattr] == "y" }
+func isOpaque(h *tar.Header) bool {
+	_, value, err := xattr(h, recordOpaque)
+	return err == nil && string(value) == "y"
+}
+
+var recordOpaque = recordXattr + base64.RawURLEncoding.EncodeToString([]byte(opaqueXattr))
 
 // lowerHasDir tells whether a layer below has a directory called name: only then
 // does the overlay mark the upper one opaque.
@@ -258,10 +265,8 @@ func (a *applier) file(dir int, base string, h *tar.Header, content io.Reader) e
 	}
 	f := os.NewFile(uintptr(fd), base)
 	defer f.Close()
-	if h.Size > 0 {
-		if err := a.copySparse(f, content, h.Size); err != nil {
-			return err
-		}
+	if err := a.content(f, h, content); err != nil {
+		return err
 	}
 	if err := setFD(fd, h); err != nil {
 		return err
@@ -286,26 +291,35 @@ func (a *applier) whiteout(dir int, base, name string) error {
 	return nil
 }
 
-// copySparse writes a file's content with holes where it is all zeros, so that a
-// sparse file of the step does not fill the node's disk.
-func (a *applier) copySparse(f *os.File, content io.Reader, size int64) error {
+// content writes a file's content with holes where it has none or is all zeros, so
+// that a sparse file of the step does not fill the node's disk.
+func (a *applier) content(f *os.File, h *tar.Header, content io.Reader) error {
+	size, parts, err := partsOf(h)
+	if err != nil {
+		return err
+	}
 	if a.buf == nil {
 		a.buf = make([]byte, len(zeros))
 	}
-	for off := int64(0); off < size; {
-		n := min(size-off, int64(len(a.buf)))
-		// The reader tells when the stream ends within the file.
-		if _, err := io.ReadFull(content, a.buf[:n]); err != nil {
-			return err
-		}
-		if !bytes.Equal(a.buf[:n], zeros[:n]) {
-			if _, err := f.WriteAt(a.buf[:n], off); err != nil {
+	end := int64(0)
+	for _, p := range parts {
+		for off := p.offset; off < p.offset+p.length; {
+			n := min(p.offset+p.length-off, int64(len(a.buf)))
+			// The reader tells when the stream ends within the file.
+			if _, err := io.ReadFull(content, a.buf[:n]); err != nil {
 				return err
 			}
-		} else if off+n == size {
-			return f.Truncate(size)
+			if !bytes.Equal(a.buf[:n], zeros[:n]) {
+				if _, err := f.WriteAt(a.buf[:n], off); err != nil {
+					return err
+				}
+				end = off + n
+			}
+			off += n
 		}
-		off += n
+	}
+	if end < size {
+		return f.Truncate(size)
 	}
 	return nil
 }

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var mtime = time.Unix(1600000000, 0)
+var mtime = time.Unix(1600000000, 123456789)
 
 // entry is one entry of a stream, with what it contains.
 type entry struct {
@@ -23,10 +23,16 @@ type entry struct {
 	content string
 }
 
+func xattrRecord(name string) string {
+	return recordXattr + base64.RawURLEncoding.EncodeToString([]byte(name))
+}
+
+func xattrValue(v string) string { return ":" + base64.RawURLEncoding.EncodeToString([]byte(v)) }
+
 func dirEntry(name string, records ...string) entry {
 	h := tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755, ModTime: mtime, PAXRecords: map[string]string{}}
 	for i := 0; i+1 < len(records); i += 2 {
-		h.PAXRecords[paxXattr+records[i]] = records[i+1]
+		h.PAXRecords[xattrRecord(records[i])] = xattrValue(records[i+1])
 	}
 	return entry{Header: h}
 }
@@ -47,6 +53,7 @@ func stream(t testing.TB, entries ...entry) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, e := range entries {
+		e.Format = tar.FormatPAX
 		require.NoError(t, w.WriteHeader(&e.Header))
 		_, err := w.Write([]byte(e.content))
 		require.NoError(t, err)
@@ -75,11 +82,13 @@ func TestAttributes(t *testing.T) {
 	acl := []byte{2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 4, 0, 33, 0, 0, 0, 4, 0, 4, 0, 255, 255, 255, 255, 16, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255}
 	f := fileEntry("./d/f", "content")
 	f.Mode, f.Uid, f.Gid = 0o4755, 33, 44
-	f.PAXRecords = map[string]string{
-		paxXattr + "user.note": "hello", paxXattr + "security.capability": capability,
-		paxXattr + "trusted.overlay.redirect": "/etc", paxXattr + "trusted.evil": "x", paxXattr + "security.selinux": "x",
-		paxXattr + "user.overlay.opaque":     "y",
-		paxXattr + "system.posix_acl_access": base64.RawStdEncoding.EncodeToString(acl),
+	f.PAXRecords = map[string]string{}
+	for name, value := range map[string]string{
+		"user.note": "hello", "user.empty": "", "security.capability": capability,
+		"trusted.overlay.redirect": "/etc", "trusted.evil": "x", "security.selinux": "x", "user.overlay.opaque": "y",
+		"system.posix_acl_access": string(acl),
+	} {
+		f.PAXRecords[xattrRecord(name)] = xattrValue(value)
 	}
 	root := dirEntry("./")
 	root.Mode, root.Uid = 0o1777, 5
@@ -91,8 +100,12 @@ func TestAttributes(t *testing.T) {
 	require.EqualValues(t, 33, st.Uid)
 	require.EqualValues(t, 44, st.Gid)
 	require.EqualValues(t, 2, st.Nlink)
-	require.Equal(t, mtime.Unix(), st.Mtim.Sec)
-	require.Equal(t, []string{"security.capability", "system.posix_acl_access", "user.note"}, xattrs(t, d.upper+"/d/f"))
+	require.Equal(t, mtime.UnixNano(), st.Mtim.Nano())
+	require.Equal(t, []string{"security.capability", "system.posix_acl_access", "user.empty", "user.note"}, xattrs(t, d.upper+"/d/f"))
+	buf := make([]byte, 64)
+	n, err := unix.Getxattr(d.upper+"/d/f", "security.capability", buf)
+	require.NoError(t, err)
+	require.Equal(t, capability, string(buf[:n]))
 	require.NoError(t, unix.Stat(d.upper, &st))
 	require.EqualValues(t, 0o41777, st.Mode)
 	require.EqualValues(t, 5, st.Uid)
@@ -108,7 +121,7 @@ func xattrs(t *testing.T, p string) []string {
 	n, err := unix.Llistxattr(p, buf)
 	require.NoError(t, err)
 	var names []string
-	for _, want := range []string{"security.capability", "security.selinux", "system.posix_acl_access", "trusted.evil", "trusted.overlay.opaque", "trusted.overlay.redirect", "user.note", "user.overlay.opaque"} {
+	for _, want := range []string{"security.capability", "security.selinux", "system.posix_acl_access", "trusted.evil", "trusted.overlay.opaque", "trusted.overlay.redirect", "user.empty", "user.note", "user.overlay.opaque"} {
 		if bytes.Contains(append([]byte{0}, buf[:n]...), []byte("\x00"+want+"\x00")) {
 			names = append(names, want)
 		}
@@ -206,11 +219,77 @@ func TestSparse(t *testing.T) {
 	require.EqualValues(t, 1<<20, st.Size)
 }
 
+// partsEntry is a file of which the stream has content only for some parts.
+func partsEntry(name, size, parts, content string) entry {
+	e := fileEntry(name, content)
+	e.PAXRecords = map[string]string{recordSize: size}
+	if parts != "" {
+		e.PAXRecords[recordParts] = parts
+	}
+	return e
+}
+
+func TestParts(t *testing.T) {
+	d := newDirs(t)
+	socket := linkEntry(tar.TypeFifo, "./socket", "")
+	socket.PAXRecords = map[string]string{recordSocket: "1"}
+	require.NoError(t, d.apply(t, dirEntry("./"), partsEntry("./s", "1099511627776", "4096+3,1099511627775+1", "abcz"),
+		partsEntry("./hole", "123456", "", ""), socket, linkEntry(tar.TypeFifo, "./fifo", "")))
+	f, err := os.Open(d.upper + "/s")
+	require.NoError(t, err)
+	defer f.Close()
+	buf := make([]byte, 4)
+	_, err = f.ReadAt(buf, 4096)
+	require.NoError(t, err)
+	require.Equal(t, "abc\x00", string(buf))
+	_, err = f.ReadAt(buf[:1], 1<<40-1)
+	require.NoError(t, err)
+	require.Equal(t, "z", string(buf[:1]))
+	var st unix.Stat_t
+	require.NoError(t, unix.Stat(d.upper+"/hole", &st))
+	require.EqualValues(t, 123456, st.Size)
+	require.Zero(t, st.Blocks)
+	require.NoError(t, unix.Lstat(d.upper+"/socket", &st))
+	require.EqualValues(t, unix.S_IFSOCK, st.Mode&unix.S_IFMT)
+	require.NoError(t, unix.Lstat(d.upper+"/fifo", &st))
+	require.EqualValues(t, unix.S_IFIFO, st.Mode&unix.S_IFMT)
+}
+
+func TestHostileRecords(t *testing.T) {
+	attr := func(key, value string) entry {
+		e := fileEntry("./f", "")
+		e.PAXRecords = map[string]string{key: value}
+		return e
+	}
+	for name, e := range map[string]entry{
+		"negative size":      partsEntry("./f", "-1", "", ""),
+		"no size":            partsEntry("./f", "x", "", ""),
+		"part beyond size":   partsEntry("./f", "4", "3+2", "ab"),
+		"part that wraps":    partsEntry("./f", "9223372036854775807", "9223372036854775807+9223372036854775807", "ab"),
+		"overlap":            partsEntry("./f", "10", "0+3,2+3", "abcdef"),
+		"wrong order":        partsEntry("./f", "10", "5+1,0+1", "ab"),
+		"negative offset":    partsEntry("./f", "10", "-1+1", "a"),
+		"empty part":         partsEntry("./f", "10", "0+0", ""),
+		"less than follows":  partsEntry("./f", "10", "0+1", "ab"),
+		"nothing of content": partsEntry("./f", "10", "", "ab"),
+		"attribute name":     attr(recordXattr+"!", ":"),
+		"no attribute name":  attr(recordXattr, ":"),
+		"NUL in name":        attr(xattrRecord("user.a\x00b"), ":"),
+		"attribute value":    attr(xattrRecord("user.a"), "x"),
+		"attribute base64":   attr(xattrRecord("user.a"), ":!"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.Error(t, newDirs(t).apply(t, dirEntry("./"), e))
+		})
+	}
+}
+
 // FuzzApply feeds streams and checks that the directory beside stays as it was.
 func FuzzApply(f *testing.F) {
 	f.Add(stream(f, dirEntry("./"), dirEntry("./a/", opaqueXattr, "y"), fileEntry("./a/b", "x"), linkEntry(tar.TypeLink, "./c", "./a/b"), whiteoutEntry("./w")))
 	f.Add(stream(f, linkEntry(tar.TypeSymlink, "./l", ".."), fileEntry("./l/outside", "x")))
 	f.Add(stream(f, fileEntry("./../outside", "x")))
+	f.Add(stream(f, dirEntry("./"), partsEntry("./s", "100000", "4096+3,99999+1", "abcz")))
 	f.Add(stream(f, linkEntry(tar.TypeLink, "./h", "../secret")))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		d := newDirs(t)

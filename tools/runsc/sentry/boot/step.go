@@ -27,6 +27,7 @@ import (
 	"sync"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/sentry/fsimpl/tmpfs"
 	"gvisor.dev/gvisor/pkg/sentry/vfs"
 	"gvisor.dev/gvisor/pkg/urpc"
 )
@@ -40,7 +41,7 @@ var stepRoots struct {
 
 // StepVersion is what the caller checks before it relies on these methods. It
 // changes with their arguments.
-const StepVersion = 1
+const StepVersion = 2
 
 // StepProbe tells StepVersion.
 func (cm *containerManager) StepProbe(_ *struct{}, version *int) error {
@@ -125,9 +126,13 @@ func (cm *containerManager) StepLayer(args *StepLayerArgs, _ *struct{}) error {
 	ctx := cm.l.k.SupervisorContext()
 	root := mntns.Root(ctx)
 	defer root.DecRef(ctx)
-	ts, ok := root.Mount().Filesystem().Impl().(vfs.TarSerializer)
+	overlay, ok := root.Mount().Filesystem().Impl().(interface{ StepUpper() *vfs.Filesystem })
 	if !ok {
 		return errors.New("root file system is not an overlay")
 	}
-	return ts.TarUpperLayer(ctx, args.Files[0])
+	upper := overlay.StepUpper()
+	if upper == nil {
+		return errors.New("root file system is not writable")
+	}
+	return tmpfs.StepLayer(ctx, upper, args.Files[0])
 }
