@@ -25,6 +25,7 @@ type Cursor struct {
 	next uint64
 	done int64  // position of event next
 	want uint64 // events before it are not wanted
+	last bool   // the result was returned
 }
 
 // tail is a file up to a position that grows.
@@ -104,6 +105,9 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (*agentv1.Event, error) {
 }
 
 func (c *Cursor) read(ctx context.Context, wait bool) (*agentv1.Event, error) {
+	if c.last {
+		return nil, io.EOF
+	}
 	for c.done >= c.tail.end {
 		x, changed := c.log.beyond(c.tail.end)
 		switch {
@@ -127,6 +131,7 @@ func (c *Cursor) read(ctx context.Context, wait bool) (*agentv1.Event, error) {
 	}
 	c.next++
 	c.done += n
+	c.last = ev.GetResult() != nil
 	return ev, nil
 }
 

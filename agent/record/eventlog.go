@@ -1,6 +1,7 @@
 package record
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -87,10 +88,11 @@ func (l *eventLog) droppedWarning(now time.Time) (*agentv1.Event, []byte, error)
 	return ev, frame, err
 }
 
-// write puts frame where the file ends, over what a failed write left there.
+// write puts frame where the file ends. What a write that fails leaves there is
+// taken back.
 func (l *eventLog) write(ev *agentv1.Event, frame []byte, sync bool) error {
 	if _, err := l.file.WriteAt(frame, l.size); err != nil {
-		return fmt.Errorf("write event: %w", err)
+		return errors.Join(fmt.Errorf("write event: %w", err), l.file.Truncate(l.size))
 	}
 	if sync {
 		if err := l.file.Sync(); err != nil {

@@ -38,8 +38,7 @@ func fill(t *testing.T, dir string) {
 func TestResultsAreStoredOnAFullDisk(t *testing.T) {
 	disk := smallDisk(t, "24m")
 	dir := filepath.Join(disk, "builds")
-	s, err := Open(dir, Options{})
-	require.NoError(t, err)
+	s := open(t, dir, Options{})
 	var writers []*Writer
 	for i := range 8 {
 		w := create(t, s, "a", id(i))
@@ -54,7 +53,7 @@ func TestResultsAreStoredOnAFullDisk(t *testing.T) {
 		}
 		require.ErrorIs(t, full, unix.ENOSPC)
 	}
-	_, err = s.Create(build("a", "no-room"))
+	_, err := s.Create(build("a", "no-room"))
 	if err != nil {
 		require.ErrorContains(t, err, "no space left")
 		_, err := s.Get(Key{"a", "no-room"})
@@ -68,8 +67,7 @@ func TestResultsAreStoredOnAFullDisk(t *testing.T) {
 
 	// The next start takes the reserve back when it can.
 	require.NoError(t, os.Remove(filepath.Join(disk, "filler")))
-	s, err = Open(dir, Options{})
-	require.NoError(t, err)
+	s = open(t, dir, Options{})
 	fi, err := os.Stat(filepath.Join(dir, reserveName))
 	require.NoError(t, err)
 	require.EqualValues(t, reserveBytes, fi.Size())
