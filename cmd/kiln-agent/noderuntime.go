@@ -6,30 +6,33 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/kiln-build/kiln/agent"
 	"github.com/kiln-build/kiln/agent/config"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
+	"github.com/kiln-build/kiln/snapshot/nodestore"
 	"github.com/kiln-build/kiln/snapshot/nodestore/containerd"
 )
 
 // runtimeTimeout bounds a question to the node's container runtime.
 const runtimeTimeout = 10 * time.Second
 
-// useNodeRuntime connects to the node's container runtime, if one is configured, and
-// has the agent describe it and store images in it. The returned function ends the
-// connection.
-func useNodeRuntime(ctx context.Context, cfg config.NodeRuntime, to *agent.Config, log *slog.Logger) (func() error, error) {
+// connectRuntime connects to the node's container runtime. It returns nil when none
+// is configured; else the caller closes it.
+func connectRuntime(ctx context.Context, cfg config.NodeRuntime) (nodestore.Node, error) {
 	if cfg.Socket == "" {
-		return func() error { return nil }, nil
+		return nil, nil
 	}
 	dial, cancel := context.WithTimeout(ctx, runtimeTimeout)
 	defer cancel()
 	runtime, err := containerd.New(dial, containerd.Config{Socket: cfg.Socket})
 	if err != nil {
-		return nil, fmt.Errorf("connect to the node's runtime at %s: %w", cfg.Socket, err)
+		return nil, fmt.Errorf("connect to the node's runtime at %s (nodeRuntime.socket): %w", cfg.Socket, err)
 	}
-	to.Images = runtime
-	to.NodeRuntime = func(ctx context.Context) *agentv1.NodeRuntime {
+	return runtime, nil
+}
+
+// describeRuntime returns what tells clients about the node's container runtime.
+func describeRuntime(runtime nodestore.Node, log *slog.Logger) func(context.Context) *agentv1.NodeRuntime {
+	return func(ctx context.Context) *agentv1.NodeRuntime {
 		ask, cancel := context.WithTimeout(ctx, runtimeTimeout)
 		defer cancel()
 		info, err := runtime.Info(ask)
@@ -39,5 +42,4 @@ func useNodeRuntime(ctx context.Context, cfg config.NodeRuntime, to *agent.Confi
 		}
 		return &agentv1.NodeRuntime{Name: info.Runtime, Version: info.Version, Snapshotter: info.Snapshotter}
 	}
-	return runtime.Close, nil
 }

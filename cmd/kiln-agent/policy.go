@@ -8,6 +8,7 @@ import (
 
 	"github.com/kiln-build/kiln/agent"
 	"github.com/kiln-build/kiln/agent/config"
+	"github.com/kiln-build/kiln/agent/engine"
 	"github.com/kiln-build/kiln/agent/queue"
 	"github.com/kiln-build/kiln/agent/record"
 	"github.com/kiln-build/kiln/agent/upload"
@@ -59,6 +60,10 @@ func queueLimits(cfg *config.Agent, disk int64) queue.Limits {
 		},
 		MinFreeDisk: cfg.Builds.MinFreeDisk.Bytes(disk),
 	}
+}
+
+func space(gc config.GC, disk int64) engine.Space {
+	return engine.Space{Reserved: gc.Reserved.Bytes(disk), MaxUsed: gc.MaxUsed.Bytes(disk), MinFree: gc.MinFree.Bytes(disk)}
 }
 
 func recordLimits(r config.Records) record.Limits {

@@ -26,8 +26,6 @@ const (
 	lockPatience = 5 * time.Second
 	// stopTimeout bounds how long calls may go on after all builds have ended.
 	stopTimeout = 5 * time.Second
-	// flushTimeout bounds how long the last spans may take.
-	flushTimeout = 3 * time.Second
 )
 
 // run is the agent: it starts part after part, serves until ctx ends, and then ends
@@ -45,49 +43,43 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 		return err
 	}
 	down.add(unlock)
-
 	found := findTools(cfg.Sandboxes)
 	sandboxes, err := checkSandboxes(ctx, cfg, found, log)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
-
-	tracer, err := startTracing(ctx, cfg.Tracing, name)
+	tracing, err := startTracing(ctx, cfg.Tracing, name)
 	if err != nil {
 		return err
 	}
-	if tracer != nil {
-		down.add(func() error {
-			flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
-			defer cancel()
-			return tracer.Shutdown(flush)
-		})
-	}
+	down.add(tracing.stop)
 	registry := newRegistry(name)
-
+	runtime, err := connectRuntime(ctx, cfg.NodeRuntime)
+	if err != nil {
+		return err
+	}
+	if runtime != nil {
+		down.add(runtime.Close)
+	}
+	disk := diskSize(cfg.Root)
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
 		Root: cfg.Root, RuncPath: found.runc, RunscPath: found.runsc, Frontends: cfg.Frontends,
+		Lender: runtime, Space: space(cfg.GC, disk),
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)
 	}
 	down.add(node.Close)
 
-	disk := diskSize(cfg.Root)
 	agentCfg := agent.Config{
 		Root: cfg.Root, Node: name, Version: version(), BuildKitVersion: moduleVersion("github.com/moby/buildkit"),
 		Sandboxes: constant(sandboxes), Engines: agent.NodeEngines(node), Policy: rules(cfg),
 		Queue: queueLimits(cfg, disk), Records: recordLimits(cfg.Records), Uploads: uploadLimits(cfg, disk),
-		Metrics: agent.NewMetrics(registry), Logger: log,
+		Metrics: agent.NewMetrics(registry), Tracer: tracing.provider, Logger: log,
 	}
-	if tracer != nil {
-		agentCfg.Tracer = tracer
+	if runtime != nil {
+		agentCfg.Images, agentCfg.NodeRuntime = runtime, describeRuntime(runtime, log)
 	}
-	closeRuntime, err := useNodeRuntime(ctx, cfg.NodeRuntime, &agentCfg, log)
-	if err != nil {
-		return err
-	}
-	down.add(closeRuntime)
 	builds, err := agent.New(agentCfg)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
@@ -98,14 +90,10 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	serverCfg := server.Config{
+	srv, err := server.New(server.Config{
 		Builds: builds, BuildKit: engine.Proxy(pickEngine(cfg, node, sandboxes, log)),
-		Auth: access, Credentials: creds, Log: log, Metrics: registry,
-	}
-	if tracer != nil {
-		serverCfg.Tracer = tracer
-	}
-	srv, err := server.New(serverCfg)
+		Auth: access, Credentials: creds, Log: log, Metrics: registry, Tracer: tracing.provider,
+	})
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
@@ -10,17 +11,27 @@ import (
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/kiln-build/kiln/agent/config"
 )
 
-// startTracing returns where spans go, or nil when tracing is not configured. It
-// connects when the first spans are sent.
-func startTracing(ctx context.Context, cfg config.Tracing, node string) (*sdktrace.TracerProvider, error) {
+// flushTimeout bounds how long the last spans may take.
+const flushTimeout = 3 * time.Second
+
+// tracing is where spans go. Its provider is nil when nothing is traced.
+type tracing struct {
+	provider trace.TracerProvider
+	// stop sends what is left.
+	stop func() error
+}
+
+// startTracing connects when the first spans are sent.
+func startTracing(ctx context.Context, cfg config.Tracing, node string) (*tracing, error) {
 	// Callers' traces are carried on even when none are sent from here.
 	otel.SetTextMapPropagator(propagation.NewCompositeTextMapPropagator(propagation.TraceContext{}, propagation.Baggage{}))
 	if cfg.Endpoint == "" {
-		return nil, nil
+		return &tracing{stop: func() error { return nil }}, nil
 	}
 	opts := []otlptracegrpc.Option{otlptracegrpc.WithEndpoint(cfg.Endpoint)}
 	if cfg.Insecure {
@@ -31,11 +42,20 @@ func startTracing(ctx context.Context, cfg config.Tracing, node string) (*sdktra
 		return nil, fmt.Errorf("start tracing: %w", err)
 	}
 	const million = 1e6
-	return sdktrace.NewTracerProvider(
+	provider := sdktrace.NewTracerProvider(
 		sdktrace.WithBatcher(exporter),
 		sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(float64(*cfg.SamplingRatePerMillion)/million))),
 		sdktrace.WithResource(resource.NewSchemaless(
 			attribute.String("service.name", "kiln-agent"), attribute.String("service.version", version()), attribute.String("k8s.node.name", node),
 		)),
-	), nil
+	)
+	return &tracing{provider: provider, stop: func() error {
+		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTimeout)
+		defer cancel()
+		if err := provider.Shutdown(flush); err != nil {
+			// Spans that nobody collects are no failure of the agent.
+			otel.Handle(err)
+		}
+		return nil
+	}}, nil
 }
