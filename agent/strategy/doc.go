@@ -27,15 +27,20 @@
 // known hosts: nothing is learnt from the network. Submodules are fetched, and .git
 // is not kept unless the build argument BUILDKIT_CONTEXT_KEEP_GIT_DIR is 1.
 // A .dockerignore file of a source has no effect, as with any remote context of
-// BuildKit; whoever uploads an archive applies it first.
+// BuildKit; whoever uploads an archive applies it first. The engine runs the
+// programs git, ssh and xz for the sources that need them.
 //
 // # Steps
 //
 // /workspace is a directory of its own that every step gets as the one before left
-// it. It belongs to root: a step of another user can read what it did not make. A
-// step's secrets are files that only its user reads, or variables. A cache is the
-// one that `RUN --mount=type=cache,id=…` of the same tenant has, and is shared by
-// builds that run at the same time; no_cache empties it, as BuildKit does; the directory of a step that does not run as
-// root is another one, that everyone may write to. A step's timeout counts from the
-// end of the step before it and includes fetching its image.
+// it. It belongs to root at first: a step of another user only reads it, until a
+// step as root has given it away with chown.
+//
+// A step's secrets are files that only its user reads, or variables. A cache is the
+// one that `RUN --mount=type=cache,id=…` of the same tenant has. It is shared by
+// builds that run at the same time, and no_cache empties it, as BuildKit does. A
+// step that does not run as root has another one, that everyone may write to.
+//
+// A step's timeout counts from the end of the step before it and includes fetching
+// its image.
 package strategy

@@ -174,21 +174,17 @@ func isLoopback(host string) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// redact hides what is before an "@" in a URL, for messages about one that was
-// refused.
+// redact hides what is before the last "@" of what should be a URL and is not.
 func redact(s string) string {
-	scheme, rest, ok := strings.Cut(s, "://")
-	if !ok {
+	at := strings.LastIndex(s, "@")
+	if at < 0 {
 		return s
 	}
-	authority, tail, _ := strings.Cut(rest, "/")
-	if at := strings.LastIndex(authority, "@"); at >= 0 {
-		authority = "…" + authority[at:]
+	scheme, _, ok := strings.Cut(s[:at], "://")
+	if !ok {
+		return "…" + s[at:]
 	}
-	if tail != "" {
-		tail = "/" + tail
-	}
-	return scheme + "://" + authority + tail
+	return scheme + "://…" + s[at:]
 }
 
 func checkDigest(s string) (digest.Digest, error) {

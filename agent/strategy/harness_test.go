@@ -209,7 +209,7 @@ func (r *testRegistry) pushBusybox(change func(*v1.Config)) string {
 		"bin/busybox": string(data), "etc/passwd": "root:x:0:0::/:/bin/sh\nbuilder:x:1001:1001::/:/bin/sh\n",
 		"etc/group": "root:x:0:\nbuilder:x:1001:\n", "tmp/": "",
 	}
-	for _, tool := range strings.Fields("sh cat echo env id ls mkdir pwd sleep stat test touch grep cp chmod rm wc find sort true false") {
+	for _, tool := range strings.Fields("sh cat echo env id ls mkdir pwd sleep stat test touch grep cp chmod chown rm wc find sort true false") {
 		files["bin/"+tool] = "-> busybox"
 	}
 	return r.push("busybox:1", files, func(c *v1.Config) {

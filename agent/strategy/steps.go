@@ -66,11 +66,18 @@ func (b *stepsBuild) build(ctx context.Context) (*gateway.Result, error) {
 	}
 	ws := files.state
 	for i, step := range b.steps.GetSteps() {
+		limit := step.GetTimeout()
+		if limit != nil {
+			// What comes before it does not count.
+			if _, err := b.solve(ctx, ws, true); err != nil {
+				return nil, err
+			}
+		}
 		if ws, err = b.step(ctx, i, step, ws); err != nil {
 			return nil, err
 		}
-		if d := step.GetTimeout(); d != nil {
-			if err := b.within(ctx, step.GetName(), d.AsDuration(), ws); err != nil {
+		if limit != nil {
+			if err := b.within(ctx, step.GetName(), limit.AsDuration(), ws); err != nil {
 				return nil, err
 			}
 		}

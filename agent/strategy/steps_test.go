@@ -33,13 +33,16 @@ func TestStepsInEachSandbox(t *testing.T) {
 		t.Run(string(class), func(t *testing.T) {
 			c, reg := connect(t, class), newRegistry(t)
 			busybox := reg.pushBusybox(nil)
+			owned, mine := shell("own", busybox, "chown -R 1001 ."), shell("mine", busybox, "touch mine sub/mine")
+			mine.User = "1001"
 			spec := stepsSpec(inlineSource(map[string]string{"main.c": "int main;", "sub/x": "x"}), workspaceImage,
 				shell("compile", busybox, "mkdir out; cat main.c sub/x > out/app; rm main.c"),
+				owned, mine,
 				shell("stamp", busybox, "test ! -e main.c; echo ' stamped' >> out/app; id -u > uid"),
 			)
 			spec.Outputs = pushTo(reg.host + "/steps:1")
 			out := mustRun(t, c, Inputs{Spec: spec})
-			require.Equal(t, entries{"out/app": "int main;x stamped\n", "sub/x": "x", "uid": "0\n"}, reg.pull(reg.host+"/steps:1").files)
+			require.Equal(t, entries{"out/app": "int main;x stamped\n", "sub/x": "x", "uid": "0\n", "mine": "", "sub/mine": ""}, reg.pull(reg.host+"/steps:1").files)
 			require.Contains(t, out.names, "[compile] /bin/sh -euc mkdir out; cat main.c")
 			require.Contains(t, mustRun(t, c, Inputs{Spec: spec}).names, "[stamp] /bin/sh -euc test ! -e main.c; echo ' stamped' >> out/app; id -u > uid cached=true")
 		})
@@ -133,6 +136,11 @@ func TestStepNetworkTimeoutAndFailure(t *testing.T) {
 		require.Equal(t, "lo\n", mustRun(t, c, Inputs{Spec: spec}).log)
 		spec.Strategy = inlineDockerfile("FROM " + busybox + "\nRUN ls /sys/class/net > /net && test \"$(cat /net)\" = lo\n")
 		mustRun(t, c, Inputs{Spec: spec})
+	})
+	t.Run("timeout of a step counts from the end of that before", func(t *testing.T) {
+		after := shell("after", busybox, "true")
+		after.Timeout = durationpb.New(2 * time.Second)
+		mustRun(t, c, Inputs{Spec: stepsSpec(nil, nil, shell("before", busybox, "sleep 3"), after)})
 	})
 	t.Run("timeout", func(t *testing.T) {
 		slow := shell("slow", busybox, "sleep 60")

@@ -363,7 +363,7 @@ func TestValidateReportsManyFieldsAndNotTooMany(t *testing.T) {
 }
 
 func TestMessagesHideCredentials(t *testing.T) {
-	for _, url := range []string{"https://me:hunter2@example.com/a", "ftp://me:hunter2@example.com/a", "ssh://me:hunter2@h/x", "https://me:hunter2@h/a b"} {
+	for _, url := range []string{"https://me:hunter2@example.com/a", "ftp://me:hunter2@example.com/a", "ssh://me:hunter2@h/x", "https://me:hunter2@h/a b", "me:hunter2@h:x y", "me:hunter2@h", "x://a/b:hunter2@h"} {
 		spec := dockerfileSpec()
 		spec.Source = gitSource(url, "")
 		require.NotContains(t, Validate(spec).Error(), "hunter2")
