@@ -49,7 +49,7 @@ type Twin struct {
 	address string
 	builds  map[string]*played
 	uploads map[string]bool
-	starts  map[string]int
+	started int
 	probe   *agentv1.ProbeResponse
 	refusal error
 	plays   sync.WaitGroup
@@ -65,12 +65,21 @@ type played struct {
 
 // New returns a twin that does not serve yet.
 func New(node string, tlsConfig *tls.Config) *Twin {
-	return &Twin{Node: node, tls: tlsConfig, changed: make(chan struct{}), builds: map[string]*played{}, uploads: map[string]bool{}, starts: map[string]int{},
+	return &Twin{Node: node, tls: tlsConfig, changed: make(chan struct{}), builds: map[string]*played{}, uploads: map[string]bool{},
 		probe: &agentv1.ProbeResponse{Runnable: true, Slots: 4}}
 }
 
 // Serve serves at an address until Kill.
 func (t *Twin) Serve(address string) error {
+	t.mu.Lock()
+	for _, p := range t.builds {
+		t.end(p, &agentv1.BuildResult{State: agentv1.BuildState_BUILD_STATE_INTERRUPTED, Failure: &agentv1.Failure{Reason: agentv1.FailureReason_FAILURE_REASON_INTERRUPTED, Message: "the agent ended"}})
+	}
+	t.mu.Unlock()
+	return t.listen(address)
+}
+
+func (t *Twin) listen(address string) error {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
 		return fmt.Errorf("serve agent twin: %w", err)
@@ -79,11 +88,6 @@ func (t *Twin) Serve(address string) error {
 	agentv1.RegisterBuildServiceServer(s, t)
 	t.mu.Lock()
 	t.server, t.address = s, l.Addr().String()
-	for _, p := range t.builds {
-		if p.build.Result == nil {
-			t.end(p, &agentv1.BuildResult{State: agentv1.BuildState_BUILD_STATE_INTERRUPTED, Failure: &agentv1.Failure{Reason: agentv1.FailureReason_FAILURE_REASON_INTERRUPTED, Message: "the agent ended"}})
-		}
-	}
 	t.mu.Unlock()
 	go func() { _ = s.Serve(l) }()
 	return nil
@@ -104,6 +108,20 @@ func (t *Twin) Kill() {
 	}
 	t.plays.Wait()
 }
+
+// Pause makes the agent unreachable while its builds go on, as a network partition does.
+func (t *Twin) Pause() {
+	t.mu.Lock()
+	s := t.server
+	t.server = nil
+	t.mu.Unlock()
+	if s != nil {
+		s.Stop()
+	}
+}
+
+// Resume makes it reachable again.
+func (t *Twin) Resume() error { return t.listen(t.address) }
 
 // Restart serves again where it did before.
 func (t *Twin) Restart() error { return t.Serve(t.address) }
@@ -132,12 +150,11 @@ func (t *Twin) Refuse(err error) {
 	t.refusal = err
 }
 
-// Started returns how many builds were accepted, and how often the most often started one
-// was; a repetition of the same call does not count.
-func (t *Twin) Started() (builds int) {
+// Started returns how many builds were accepted; a repetition of a call does not count.
+func (t *Twin) Started() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return len(t.starts)
+	return t.started
 }
 
 // Running returns the IDs of builds that have not ended.
@@ -253,7 +270,7 @@ func (t *Twin) StartBuild(_ context.Context, req *agentv1.StartBuildRequest) (*a
 		BuildId: req.BuildId, Tenant: req.Tenant, Spec: req.Spec, CreatedAt: timestamppb.Now(), Node: t.Node, Sandbox: req.Spec.GetSandbox(),
 	}}
 	t.builds[req.BuildId] = p
-	t.starts[req.BuildId]++
+	t.started++
 	t.setState(p, agentv1.BuildState_BUILD_STATE_QUEUED)
 	t.plays.Go(func() { t.play(ctx, p) })
 	return &agentv1.StartBuildResponse{Build: proto.CloneOf(p.build)}, nil
