@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 KUBERNETES := $(addprefix $(BIN)/,etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
 CONTAINERD := $(addprefix $(BIN)/,containerd containerd-shim-runc-v2 ctr host-local portmap ptp)
 
-.PHONY: help build deps kiln quickstart test lint generate bench clean cluster-tools cluster-up cluster-down
+.PHONY: help build deps kiln quickstart test lint generate bench clean test-tools cluster-tools cluster-up cluster-down
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,10 +58,19 @@ cluster-up: cluster-tools ## Start a Kubernetes cluster on this machine (CLUSTER
 cluster-down: ## Remove that cluster
 	@$(GO) run ./test/cluster/kilncluster $(CLUSTER_ARGS) down
 
+# Stock clients and an external front end, for tests.
+test-tools: $(BIN)/buildkitd $(BIN)/buildx $(BIN)/dockerfile-frontend
+
+$(BIN)/buildx: tools/buildx/go.mod tools/buildx/go.sum
+	cd tools/buildx && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ github.com/docker/buildx/cmd/buildx
+
+$(BIN)/dockerfile-frontend: tools/buildkit/go.mod
+	cd tools/buildkit && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ github.com/moby/buildkit/frontend/dockerfile/cmd/dockerfile-frontend
+
 quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 	examples/quickstart.sh
 
-test: build cluster-tools ## Run every test
+test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
 
 lint: $(BIN)/staticcheck $(BIN)/buf ## Check formatting, vet, staticcheck and the build API

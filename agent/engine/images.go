@@ -3,6 +3,8 @@ package engine
 import (
 	"context"
 	"fmt"
+	"maps"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -15,7 +17,7 @@ import (
 )
 
 // imageStore keeps the images that builds of one domain store by name, so that
-// their blobs stay until they were handed on. Names of two domains never meet.
+// their blobs stay until they were handed on, and at most for an hour. Names of two domains never meet.
 type imageStore struct {
 	images  images.Store
 	content *containerdsnapshot.Store
@@ -44,16 +46,29 @@ func (s *imageStore) Get(ctx context.Context, name string) (images.Image, error)
 // List implements images.Store. Nobody may list images by name.
 func (s *imageStore) List(context.Context, ...string) ([]images.Image, error) { return nil, nil }
 
+// holdTime is how long a stored image is kept for whoever wants it. Images are not
+// the cache: one that is forgotten must not keep its layers for ever.
+const holdTime = time.Hour
+
+// expireLabel is the time at which containerd's collector drops an object.
+const expireLabel = "containerd.io/gc.expire"
+
+func (s *imageStore) held(img images.Image) images.Image {
+	img.Name = s.prefix + img.Name
+	labels := map[string]string{expireLabel: time.Now().Add(holdTime).UTC().Format(time.RFC3339)}
+	maps.Copy(labels, img.Labels)
+	img.Labels = labels
+	return img
+}
+
 // Create implements images.Store.
 func (s *imageStore) Create(ctx context.Context, img images.Image) (images.Image, error) {
-	img.Name = s.prefix + img.Name
-	return s.images.Create(s.in(ctx), img)
+	return s.images.Create(s.in(ctx), s.held(img))
 }
 
 // Update implements images.Store.
 func (s *imageStore) Update(ctx context.Context, img images.Image, fields ...string) (images.Image, error) {
-	img.Name = s.prefix + img.Name
-	return s.images.Update(s.in(ctx), img, fields...)
+	return s.images.Update(s.in(ctx), s.held(img), fields...)
 }
 
 // Delete implements images.Store.
@@ -62,7 +77,7 @@ func (s *imageStore) Delete(ctx context.Context, name string, opts ...images.Del
 }
 
 // Image returns the image that a build of this engine stored under name, and what
-// its blobs are read from. They stay until DeleteImage.
+// its blobs are read from. They stay until DeleteImage, or for an hour.
 func (e *Engine) Image(ctx context.Context, name string) (ocispecs.Descriptor, content.Provider, error) {
 	img, err := e.images.Get(ctx, name)
 	if err != nil {

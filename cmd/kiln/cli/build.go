@@ -22,7 +22,9 @@ type buildFlags struct {
 	buildopt.Flags
 	target             target
 	progress, metadata string
-	quiet              bool
+	call               string
+	frontends          []string
+	check, quiet       bool
 }
 
 func (a *App) buildCommand() *cobra.Command {
@@ -57,7 +59,10 @@ func (a *App) buildCommand() *cobra.Command {
 	list(&f.Contexts, "build-context", "", "Additional context NAME=DIR, URL, docker-image://REF, oci-layout://DIR[:TAG] or target:STAGE")
 	list(&f.CacheFrom, "cache-from", "", "Import cache: REF, or type=registry,ref=REF, or type=local,src=DIR")
 	list(&f.CacheTo, "cache-to", "", "Export cache: REF, or type=registry,ref=REF[,mode=max], or type=local,dest=DIR, or type=inline")
-	fs.StringVarP(&f.Dockerfile, "file", "f", "", "Dockerfile, or - for stdin (default PATH/Dockerfile)")
+	fs.StringVar(&f.call, "call", "build", "What to do: build, check, outline or targets; [,format=json][,ignorestatus=true]")
+	fs.BoolVar(&f.check, "check", false, "Shorthand for --call check: check the Dockerfile and build nothing")
+	fs.StringVarP(&f.Dockerfile, "file", "f", "", "Dockerfile, its URL, or - for stdin (default PATH/Dockerfile)")
+	list(&f.frontends, "frontend", "", "Image NAME@sha256:DIGEST of a front end that the Dockerfile's syntax line may name; it runs in a sandbox")
 	fs.StringVar(&f.ImageIDFile, "iidfile", "", "Write the image ID to this file")
 	list(&f.Labels, "label", "", "Set label KEY=VALUE of the image")
 	fs.BoolVar(&f.Load, "load", false, "Refused: kiln needs no Docker daemon; use --output type=docker,dest=FILE")
@@ -122,6 +127,14 @@ func (a *App) build(ctx context.Context, f *buildFlags) error {
 	if err != nil {
 		return usage(err)
 	}
+	if f.check {
+		f.call = "check"
+	}
+	question, err := parseCall(f.call)
+	if err != nil {
+		return usage(err)
+	}
+	f.target.frontends = f.frontends
 	if _, err := f.target.check(); err != nil {
 		return err
 	}
@@ -155,6 +168,9 @@ func (a *App) build(ctx context.Context, f *buildFlags) error {
 	c, release, err := a.connect(ctx, &f.target)
 	if err != nil {
 		return err
+	}
+	if question != nil {
+		return errors.Join(a.ask(ctx, c, question, req, display), release())
 	}
 	resp, err := solve(ctx, c, req, display, a.warner(mode))
 	if err == nil {

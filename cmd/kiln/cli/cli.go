@@ -42,6 +42,8 @@ type EngineConfig struct {
 	Sandbox sandbox.Class
 	// RuncPath and RunscPath are the OCI runtimes that were found, or empty.
 	RuncPath, RunscPath string
+	// Frontends are images of front ends that may run, by digest.
+	Frontends []string
 }
 
 // App is the command with what it takes from the process around it.

@@ -24,6 +24,8 @@ const dialTimeout = 10 * time.Second
 type target struct {
 	agent, root, sandbox string
 	tls                  tlsFlags
+	// frontends are images of front ends that may run.
+	frontends []string
 }
 
 func (t *target) flags(fs *pflag.FlagSet) {
@@ -44,6 +46,9 @@ func (t *target) check() (sandbox.Class, error) {
 		}
 		if t.sandbox != "" {
 			return "", usage(errors.New("--sandbox and --agent exclude each other: the agent's configuration chooses the sandbox"))
+		}
+		if len(t.frontends) > 0 {
+			return "", usage(errors.New("--frontend and --agent exclude each other: the agent's configuration lists the front ends"))
 		}
 		return "", usage(t.tls.check(t.agent))
 	}
@@ -87,7 +92,7 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 	if err != nil {
 		return nil, nil, err
 	}
-	cfg := EngineConfig{Root: root, Sandbox: class, RuncPath: findTool("runc"), RunscPath: findTool("runsc")}
+	cfg := EngineConfig{Root: root, Sandbox: class, RuncPath: findTool("runc"), RunscPath: findTool("runsc"), Frontends: t.frontends}
 	e, err := a.Start(ctx, cfg)
 	if err != nil {
 		return nil, nil, errors.Join(err, unlock())

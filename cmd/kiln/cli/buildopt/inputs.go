@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/distribution/reference"
+	"github.com/moby/buildkit/client/llb"
 	"github.com/moby/buildkit/client/ociindex"
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
 	"github.com/moby/buildkit/identity"
@@ -48,8 +49,8 @@ const (
 func (b *builder) inputs() error {
 	path, file := b.flags.Context, b.flags.Dockerfile
 	caps := map[string]bool{}
-	if isHTTP(file) {
-		return fmt.Errorf("--file %s: a URL is not supported; pipe the Dockerfile in with --file -", file)
+	if isHTTP(file) && !isDir(path) {
+		return fmt.Errorf("--file %s: the Dockerfile can be a URL only when the build context is a directory", file)
 	}
 	var err error
 	switch {
@@ -151,7 +152,19 @@ func (b *builder) dirContext() error {
 	case "":
 		return b.dockerfileAt(path, defaultDockerfile)
 	}
+	if isHTTP(file) {
+		return b.dockerfileAtURL(file)
+	}
 	return b.dockerfileAt(filepath.Dir(file), filepath.Base(file))
+}
+
+// dockerfileAtURL has the Dockerfile fetched where the build runs.
+func (b *builder) dockerfileAtURL(url string) error {
+	b.solve.FrontendAttrs["filename"] = defaultDockerfile
+	b.solve.FrontendInputs = map[string]llb.State{
+		"dockerfile": llb.HTTP(url, llb.Filename(defaultDockerfile), llb.WithCustomName("[internal] load "+url)),
+	}
+	return nil
 }
 
 // dockerfileAt sends the Dockerfile name in dir.

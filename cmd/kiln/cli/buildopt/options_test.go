@@ -43,7 +43,7 @@ func TestNewRefuses(t *testing.T) {
 		{"context that is a file", Flags{Context: filepath.Join(dir, "Dockerfile")}, "", "not a directory"},
 		{"no Dockerfile", Flags{Context: empty}, "", "cannot read the Dockerfile"},
 		{"Dockerfile that is a directory", Flags{Context: dir, Dockerfile: dir}, "", "is a directory"},
-		{"Dockerfile URL", Flags{Context: dir, Dockerfile: "https://example.com/D"}, "", "--file"},
+		{"Dockerfile URL for a URL context", Flags{Context: "https://example.com/a.git", Dockerfile: "https://example.com/D"}, "", "--file"},
 		{"stdin twice", Flags{Context: "-", Dockerfile: "-"}, "x", "both"},
 		{"empty stdin", Flags{Context: "-"}, "", "stdin is empty"},
 		{"empty Dockerfile on stdin", Flags{Context: dir, Dockerfile: "-"}, " \n", "is empty"},
