@@ -30,6 +30,9 @@
 // BuildKit; whoever uploads an archive applies it first. The engine runs the
 // programs git, ssh and xz for the sources that need them.
 //
+// The query of an HTTP URL is shown to nobody who follows the build; BuildKit's
+// provenance has it all the same, so that a URL is no place for a secret.
+//
 // # Steps
 //
 // /workspace is a directory of its own that every step gets as the one before left
@@ -42,5 +45,13 @@
 // step that does not run as root has another one, that everyone may write to.
 //
 // A step's timeout counts from the end of the step before it and includes fetching
-// its image.
+// its image. With a source_date_epoch the environment has SOURCE_DATE_EPOCH, unless
+// the spec gives it another value.
+//
+// # Outputs
+//
+// Names that differ in nothing but themselves are pushed by one export. When
+// outputs differ in compression or annotations, so do their digests, and the
+// response has one of them. With a source_date_epoch files of layers that the build
+// makes are not younger than it.
 package strategy

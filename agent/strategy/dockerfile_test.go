@@ -56,6 +56,11 @@ func TestInlineFilesOfTheSameSize(t *testing.T) {
 		}})
 		require.Equal(t, content, reg.pull(image).files["f"])
 	}
+	image := reg.host + "/same:fewer"
+	mustRun(t, c, Inputs{Spec: &agentv1.BuildSpec{
+		Source: inlineSource(map[string]string{"g": "1"}), Strategy: inlineDockerfile("FROM scratch\nCOPY . /\n"), Outputs: pushTo(image),
+	}})
+	require.Equal(t, entries{"g": "1"}, reg.pull(image).files, "nothing of an earlier build is there")
 }
 
 func inlineDockerfile(s string) *agentv1.BuildSpec_Dockerfile {

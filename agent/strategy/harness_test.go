@@ -70,6 +70,7 @@ func connect(t *testing.T, class sandbox.Class) *client.Client {
 	}
 	root := t.TempDir()
 	require.NoError(t, os.Chmod(root, 0o711))
+	before := mounts(t)
 	ctx := context.Background()
 	e, err := engine.New(ctx, engine.Config{
 		NodeConfig: engine.NodeConfig{Root: root, RuncPath: filepath.Join(bin, "runc"), RunscPath: filepath.Join(bin, "runsc")},
@@ -81,8 +82,22 @@ func connect(t *testing.T, class sandbox.Class) *client.Client {
 	t.Cleanup(func() {
 		_ = c.Close()
 		require.NoError(t, e.Close())
+		require.Equal(t, before, mounts(t), "something is left mounted")
 	})
 	return c
+}
+
+// mounts lists the mount points of this process.
+func mounts(t *testing.T) []string {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	require.NoError(t, err)
+	var out []string
+	for line := range strings.Lines(string(data)) {
+		out = append(out, strings.Fields(line)[4])
+	}
+	slices.Sort(out)
+	return out
 }
 
 // outcome is how a build ended.

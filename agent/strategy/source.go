@@ -135,8 +135,14 @@ func (p *planner) gitSource(s *source, g *agentv1.GitSource) error {
 }
 
 func (p *planner) httpSource(s *source, h *agentv1.HTTPSource) error {
-	s.field, s.uri = "spec.source.http", h.GetUrl()
-	opts := []llb.HTTPOption{llb.Filename(archiveName), internalName("load source archive " + h.GetUrl())}
+	u, err := parseHTTPURL(h.GetUrl(), true)
+	if err != nil {
+		return err
+	}
+	// What follows the path may be a signature.
+	u.RawQuery, u.Fragment = "", ""
+	s.field, s.uri = "spec.source.http", u.String()
+	opts := []llb.HTTPOption{llb.Filename(archiveName), internalName("load source archive " + s.uri)}
 	if h.GetDigest() != "" {
 		d, err := checkDigest(h.GetDigest())
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -185,6 +186,9 @@ func (b *stepsBuild) step(ctx context.Context, i int, s *agentv1.BuilderStep, ws
 		if name, value, _ := strings.Cut(env, "="); name != "" {
 			st = st.AddEnv(name, value)
 		}
+	}
+	if epoch := b.spec.GetSourceDateEpoch(); epoch > 0 {
+		st = st.AddEnv("SOURCE_DATE_EPOCH", strconv.FormatInt(epoch, 10))
 	}
 	for _, env := range []map[string]string{b.steps.GetEnv(), s.GetEnv()} {
 		for _, name := range slices.Sorted(maps.Keys(env)) {

@@ -167,7 +167,7 @@ func TestStepNetworkTimeoutAndFailure(t *testing.T) {
 func TestImageOfSteps(t *testing.T) {
 	c, reg := connect(t, sandbox.Userns), newRegistry(t)
 	busybox := reg.pushBusybox(func(c *v1.Config) { c.Labels = map[string]string{"base": "yes", "both": "base"} })
-	build := shell("build", busybox, "mkdir -p out/lib other; echo app > out/app; chmod 700 out/app; echo lib > out/lib/l; ln -s app out/link; echo o > other/o")
+	build := shell("build", busybox, "mkdir -p out/lib other; echo app > out/app; chmod 700 out/app; echo lib > out/lib/l; echo $SOURCE_DATE_EPOCH > out/epoch; ln -s app out/link; echo o > other/o")
 	spec := stepsSpec(nil, &agentv1.StepsImage{
 		Base: busybox,
 		Copies: []*agentv1.WorkspaceCopy{
@@ -183,7 +183,7 @@ func TestImageOfSteps(t *testing.T) {
 	dgst, err := got.image.Digest()
 	require.NoError(t, err)
 	require.Equal(t, dgst.String(), out.response["containerimage.digest"])
-	for path, want := range map[string]string{"srv/app/app": "app\n", "srv/app/lib/l": "lib\n", "srv/app/link": "-> app", "srv/renamed": "o\n", "dir/o": "o\n"} {
+	for path, want := range map[string]string{"srv/app/app": "app\n", "srv/app/lib/l": "lib\n", "srv/app/link": "-> app", "srv/renamed": "o\n", "dir/o": "o\n", "srv/app/epoch": "1700000000\n"} {
 		require.Equal(t, want, got.files[path], path)
 	}
 	require.NotEmpty(t, got.files["bin/busybox"])
