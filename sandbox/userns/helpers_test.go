@@ -104,9 +104,12 @@ func node(t testing.TB) string {
 	require.NoError(t, err)
 	cgroups, err := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup/*/kiln-test-%d", os.Getpid()))
 	require.NoError(t, err)
-	children, err := exec.Command("pgrep", "-P", fmt.Sprint(os.Getpid()), "runc").Output()
-	if err != nil && len(children) > 0 {
-		require.NoError(t, err)
+	tasks, err := filepath.Glob("/proc/self/task/*/children")
+	require.NoError(t, err)
+	var children []string
+	for _, task := range tasks {
+		data, _ := os.ReadFile(task) // threads come and go
+		children = append(children, strings.Fields(string(data))...)
 	}
 	var open []string
 	for _, fd := range fds {

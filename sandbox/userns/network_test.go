@@ -15,10 +15,11 @@ import (
 	"github.com/kiln-build/kiln/sandbox"
 )
 
-// oneNetwork hands out a namespace with nothing but a loopback device.
+// oneNetwork hands out namespaces with nothing but a loopback device.
 type oneNetwork struct{ ns *os.File }
 
-func (n *oneNetwork) Acquire(context.Context, sandbox.NetworkMode) (sandbox.Network, error) {
+func (*oneNetwork) Acquire(context.Context, sandbox.NetworkMode) (sandbox.Network, error) {
+	n := &oneNetwork{}
 	opened := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends here
@@ -47,7 +48,7 @@ func TestNetworkOfTheNode(t *testing.T) {
 	cfg.Networks = &oneNetwork{}
 	r, err := New(context.Background(), cfg)
 	require.NoError(t, err)
-	defer r.Close()
+	defer func() { require.NoError(t, r.Close()) }()
 	step := newStep(t, "cat /etc/resolv.conf /etc/hosts; ls /sys/class/net; touch /sys/x 2>/dev/null || echo refused")
 	step.Network = sandbox.NetworkEgress
 	step.ExtraHosts = []sandbox.HostEntry{{Name: "db", IP: netip.MustParseAddr("192.0.2.7")}}

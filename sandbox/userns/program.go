@@ -34,8 +34,8 @@ type program struct {
 const notFound = "find program"
 
 // newProgram returns the program that a spec describes.
-// home tells the home directory of its user.
-func newProgram(sp *specs.Process, home func() string, filter []bpf.RawInstruction) (program, error) {
+// home is the home directory of its user.
+func newProgram(sp *specs.Process, home string, filter []bpf.RawInstruction) (program, error) {
 	p := program{args: sp.Args, cwd: sp.Cwd, user: sp.User, noNewPrivs: sp.NoNewPrivileges, rlimits: sp.Rlimits, filter: filter}
 	var err error
 	if p.env, err = environment(sp.Env, home); err != nil {
@@ -50,7 +50,7 @@ func newProgram(sp *specs.Process, home func() string, filter []bpf.RawInstructi
 
 // environment returns env without duplicates, of which the last counts, and with
 // HOME.
-func environment(env []string, home func() string) ([]string, error) {
+func environment(env []string, home string) ([]string, error) {
 	seen := map[string]bool{}
 	var out []string
 	for _, e := range slices.Backward(env) {
@@ -66,7 +66,7 @@ func environment(env []string, home func() string) ([]string, error) {
 	}
 	slices.Reverse(out)
 	if !seen["HOME"] {
-		out = append(out, "HOME="+home())
+		out = append(out, "HOME="+home)
 	}
 	return out, nil
 }

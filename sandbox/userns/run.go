@@ -39,10 +39,9 @@ type running struct {
 
 	// mu guards what follows. It is held for reading while another process of the
 	// step is being started.
-	mu         sync.RWMutex
-	cell       *cell // nil before the step runs and after it
-	noNewPrivs bool
-	foreign    bool
+	mu    sync.RWMutex
+	cell  *cell // nil before the step runs and after it
+	facts *facts
 }
 
 // open makes a mount of a tree of the step.
@@ -185,11 +184,7 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 		return nil, fmt.Errorf("root: %w", err)
 	}
 	rootfs := pathOf(root.File)
-	user, err := sandbox.ResolveUser(rootfs, step.Process.User)
-	if err != nil {
-		return nil, err
-	}
-	run.noNewPrivs, run.foreign = !sandbox.NeedsSetuid(rootfs), runsForeign(rootfs)
+	run.facts = r.facts.of(step.Root, rootfs)
 	e := entry{root: root, readonly: step.ReadonlyRoot, hostname: step.Hostname, shmSize: step.ShmSize, cwd: step.Process.Cwd}
 	if e.hostname == "" {
 		e.hostname = sandbox.DefaultHostname
@@ -209,20 +204,24 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 		}
 		e.places = append(e.places, place{mount, m.Destination})
 	}
-	prog, err := r.newProgram(processOf(step.Process, user, run.noNewPrivs), rootfs, run.foreign)
+	prog, err := r.newProgram(step.Process, rootfs, run.facts)
 	if err != nil {
 		return nil, err
 	}
 	return &prog, e.run(c.conn, &prog, streams)
 }
 
-// newProgram returns the program that a spec describes in a root.
-func (r *Runtime) newProgram(sp *specs.Process, rootfs string, foreign bool) (program, error) {
-	filter, err := r.filters.of(foreign)
+// newProgram returns the program of a process in the root at rootfs.
+func (r *Runtime) newProgram(process sandbox.Process, rootfs string, f *facts) (program, error) {
+	user, err := f.user(rootfs, process.User)
 	if err != nil {
 		return program{}, err
 	}
-	return newProgram(sp, func() string { return sandbox.HomeDir(rootfs, sp.User.UID) }, filter)
+	filter, err := r.filters.of(f.foreign)
+	if err != nil {
+		return program{}, err
+	}
+	return newProgram(processOf(process, user.ids, !f.setuid), user.home, filter)
 }
 
 // etcFiles makes the step's own files below /etc in dir, and mounts of them.
@@ -293,11 +292,9 @@ func (r *Runtime) join(ctx context.Context, run *running, process sandbox.Proces
 
 func (r *Runtime) enter(ctx context.Context, run *running, process sandbox.Process, streams *streams) (*child, error) {
 	rootfs := pathOf(run.mounts[0].File)
-	user, err := sandbox.ResolveUser(rootfs, process.User)
-	if err != nil {
-		return nil, err
-	}
-	prog, err := r.newProgram(processOf(process, user, run.noNewPrivs), rootfs, run.foreign)
+	// The step may have changed its users since it started.
+	now := &facts{setuid: run.facts.setuid, foreign: run.facts.foreign, users: map[string]account{}}
+	prog, err := r.newProgram(process, rootfs, now)
 	if err != nil {
 		return nil, err
 	}

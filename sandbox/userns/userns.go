@@ -72,6 +72,7 @@ type Runtime struct {
 	// template is the spec of a step, of which sandboxes are made.
 	template *specs.Spec
 	filters  *filters
+	facts    *factCache
 	pool     *pool
 
 	background sync.WaitGroup
@@ -127,7 +128,7 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 			return nil, fmt.Errorf("make state directory: %w", err)
 		}
 	}
-	r := &Runtime{cfg: cfg, lock: lock, ranges: newRanges(cfg.UIDRangeDir), running: map[string]*running{}}
+	r := &Runtime{cfg: cfg, lock: lock, ranges: newRanges(cfg.UIDRangeDir), facts: newFactCache(), running: map[string]*running{}}
 	r.template = sandbox.BaseSpec(&sandbox.Step{}, sandbox.Process{}, sandbox.UserIDs{}, "", true)
 	r.filters = newFilters(r.template)
 	if r.cgroups, err = cgroup2(); err != nil {

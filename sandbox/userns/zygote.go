@@ -49,10 +49,14 @@ type zygote struct {
 	// room is a directory to mount on, in the zygote's own mount namespace.
 	room string
 
-	// mu guards what follows. A zygote that failed is replaced.
+	// starts are done by a thread that lives as long as this.
+	starts chan func()
+	ended  chan struct{}
+
+	// mu guards what follows. A process that failed is replaced.
 	mu   sync.Mutex
 	conn *script.Conn
-	stop func()
+	cmd  *exec.Cmd
 }
 
 func newZygote(room string) (*zygote, error) {
@@ -60,13 +64,28 @@ func newZygote(room string) (*zygote, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &zygote{program: program, room: room}, nil
+	z := &zygote{program: program, room: room, starts: make(chan func()), ended: make(chan struct{})}
+	go z.starter()
+	return z, nil
+}
+
+// starter starts processes on one thread. The kernel sends the signal for a parent's
+// death when the thread ends that started the child, to it and to those that it makes
+// for us. Other threads of a Go program may end at any time.
+func (z *zygote) starter() {
+	defer close(z.ended)
+	runtime.LockOSThread() // never unlocked: the thread ends here
+	for start := range z.starts {
+		start()
+	}
 }
 
 func (z *zygote) close() {
 	z.mu.Lock()
 	defer z.mu.Unlock()
 	z.end()
+	close(z.starts)
+	<-z.ended
 	z.program.Close()
 }
 
@@ -74,8 +93,9 @@ func (z *zygote) close() {
 func (z *zygote) end() {
 	if z.conn != nil {
 		z.conn.Close()
-		z.stop()
-		z.conn, z.stop = nil, nil
+		_ = z.cmd.Process.Kill()
+		_ = z.cmd.Wait() // it was killed
+		z.conn, z.cmd = nil, nil
 	}
 }
 
@@ -233,27 +253,13 @@ func (z *zygote) start() error {
 		Stdin: null, Stdout: null, Stderr: null, ExtraFiles: []*os.File{theirs, z.program},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
 	}
-	// The kernel sends the signal for a parent's death when the thread ends that
-	// started the child, to it and to those that it makes for us. Other threads of
-	// a Go program may end at any time.
-	started, stop, stopped := make(chan error), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		runtime.LockOSThread() // never unlocked: the thread ends here
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			<-stop
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait() // it was killed
-		}
-	}()
+	started := make(chan error)
+	z.starts <- func() { started <- cmd.Start() }
 	if err := <-started; err != nil {
 		conn.Close()
-		<-stopped
 		return fmt.Errorf("start zygote: %w", err)
 	}
-	z.conn, z.stop = conn, func() { close(stop); <-stopped }
+	z.conn, z.cmd = conn, cmd
 	if err := z.setUp(); err != nil {
 		z.end()
 		return fmt.Errorf("start zygote: %w", err)
