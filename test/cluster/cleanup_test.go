@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -35,6 +36,10 @@ func takeCensus(t *testing.T, dir string) {
 	})
 }
 
+// traces matches the names of what Kubernetes, containerd and network plugins
+// leave on a machine. Other tests may be at work on it, so no other name counts.
+var traces = regexp.MustCompile(`kube|containerd|\bcni|\bnri|\bcdi|etcd|coredns|ovl-idmapped|^(pods|containers|netns)$`)
+
 // census lists what a cluster with this state directory may leave: files, mounts,
 // network devices and routes, packet-filter tables, kernel settings, cgroups,
 // processes and namespaces.
@@ -44,11 +49,13 @@ func census(t *testing.T, dir string) []string {
 	if _, err := os.Lstat(dir); err == nil {
 		out = append(out, "directory "+dir)
 	}
-	for _, d := range []string{"/run", "/var/lib", "/var/log", "/etc", "/opt", "/usr/libexec"} {
+	for _, d := range []string{"/run", "/var/lib", "/var/log", "/etc", "/opt", "/usr/libexec", "/tmp"} {
 		entries, err := os.ReadDir(d)
 		if err == nil {
 			for _, e := range entries {
-				out = append(out, "file "+filepath.Join(d, e.Name()))
+				if traces.MatchString(e.Name()) {
+					out = append(out, "file "+filepath.Join(d, e.Name()))
+				}
 			}
 		}
 	}
@@ -60,14 +67,16 @@ func census(t *testing.T, dir string) []string {
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	require.NoError(t, err)
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, dir) || strings.Contains(line, "kubelet") || strings.Contains(line, "containerd") {
+		if strings.Contains(line, dir) || traces.MatchString(line) {
 			out = append(out, "mount "+line)
 		}
 	}
 	routes, err := settled(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 	require.NoError(t, err)
 	for _, r := range routes {
-		out = append(out, "route "+r.String())
+		if r.Dst != nil && (strings.HasPrefix(r.Dst.String(), "10.213.") || strings.HasPrefix(r.Dst.String(), "10.214.") || strings.HasPrefix(r.Dst.String(), "10.215.")) {
+			out = append(out, "route "+r.String())
+		}
 	}
 	links, err := settled(netlink.LinkList)
 	require.NoError(t, err)
@@ -78,7 +87,11 @@ func census(t *testing.T, dir string) []string {
 	}
 	tables, err := exec.Command("nft", "list", "tables").Output()
 	require.NoError(t, err)
-	out = append(out, "tables "+string(tables))
+	for table := range strings.Lines(string(tables)) {
+		if traces.MatchString(table) {
+			out = append(out, table)
+		}
+	}
 	out = append(out, cgroupCensus(t, dir)...)
 	slices.Sort(out)
 	return out

@@ -139,6 +139,18 @@ func (c *Cluster) RESTConfig() (*rest.Config, error) {
 // the nodes' containerd is set up for it.
 func (c *Cluster) Registry() string { return c.registry }
 
+// SecureRegistry returns the host:port by which everybody reaches the same images
+// over TLS, for programs that refuse plain HTTP. CAFile has the authority of its
+// certificate, which the nodes' containerd trusts.
+func (c *Cluster) SecureRegistry() string {
+	return fmt.Sprintf("%s:%d", c.Control().address, secureRegistryPort)
+}
+
+// CAFile returns the path of the certificate of the authority that signs every
+// server of the cluster. Pods find the same in the ConfigMap kube-root-ca.crt of
+// their namespace.
+func (c *Cluster) CAFile() string { return filepath.Join(c.dir, "pki", "ca.crt") }
+
 // Image returns the full name of one of the images that the cluster brings into
 // its registry: "pause" or "busybox".
 func (c *Cluster) Image(name string) string { return c.registry + "/kiln/" + name + ":1" }

@@ -163,9 +163,13 @@ func testRegistry(t *testing.T, b *bench) {
 	image, err := b.PushImage(b.ctx, "test/pulled:new", map[string]string{"/greeting": "testdata/greeting"},
 		v1.Config{Cmd: []string{"cat", "/greeting"}})
 	require.NoError(t, err)
-	pod := b.pod(b.Nodes()[1])
-	pod.Spec.Containers[0].Image = image
-	require.Equal(t, "pulled\n", b.finish(t, pod))
+	pods := []*corev1.Pod{b.pod(b.Nodes()[0]), b.pod(b.Nodes()[1])}
+	pods[0].Spec.Containers[0].Image = image
+	pods[1].Spec.Containers[0].Image = b.SecureRegistry() + "/test/pulled:new"
+	b.create(t, pods...)
+	for _, pod := range pods {
+		require.Equal(t, "pulled\n", b.finish(t, pod))
+	}
 }
 
 func testService(t *testing.T, b *bench) {
@@ -227,6 +231,12 @@ func testExec(t *testing.T, b *bench) {
 	out, err := b.Kubectl(b.ctx, "exec", pod.Name, "--", "hostname").CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	require.Equal(t, pod.Name+"\n", string(out))
+
+	require.NoError(t, b.Nodes()[0].Run(b.ctx, "extra", "sh", "-c", "echo more; exec sleep 1000"))
+	require.Error(t, b.Nodes()[0].Run(b.ctx, "extra", "true"), "the name is taken")
+	extra, err := b.Nodes()[0].Component("extra")
+	require.NoError(t, err)
+	require.EventuallyWithT(t, func(t *assert.CollectT) { require.Equal(t, "more", extra.logTail()) }, 5*time.Second, 20*time.Millisecond)
 
 	for _, m := range b.machines {
 		out, err := m.Command(b.ctx, "hostname").CombinedOutput()

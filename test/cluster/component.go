@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// Names of components, for Machine.Component. The first six run on the control
+// Names of components, for Machine.Component. The first seven run on the control
 // plane, the others on every node.
 const (
 	Etcd              = "etcd"
@@ -18,6 +18,7 @@ const (
 	ControllerManager = "kube-controller-manager"
 	Scheduler         = "kube-scheduler"
 	Registry          = "registry"
+	SecureRegistry    = "registry-tls"
 	DNS               = "coredns"
 
 	Containerd = "containerd"
@@ -151,14 +152,19 @@ func (k *Component) logTail() string {
 	return string(bytes.TrimSpace(data))
 }
 
-// run adds a component to the record and starts it.
-func (m *Machine) run(ctx context.Context, name string, args ...string) error {
+// Run starts a program on the machine as one more component of the cluster. Its
+// name must be new to the machine. It ends with the machine at the latest, and as
+// long as it does not run, no wait for the cluster succeeds.
+func (m *Machine) Run(ctx context.Context, name string, args ...string) error {
 	return m.cluster.update(ctx, func(r *record) error {
+		mr := r.machine(m.name)
+		if mr == nil || mr.component(name) != nil || name != filepath.Base(name) || len(args) == 0 {
+			return fmt.Errorf("run component %q on %s: the name is taken or not a file name, or there is no program", name, m.name)
+		}
 		rec := &componentRecord{Name: name, Args: args}
 		if err := (&Component{m, name}).start(rec); err != nil {
 			return err
 		}
-		mr := r.machine(m.name)
 		mr.Components = append(mr.Components, rec)
 		return nil
 	})

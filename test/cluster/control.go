@@ -11,10 +11,11 @@ import (
 )
 
 const (
-	apiPort       = 6443
-	registryPort  = 5000
-	clusterDomain = "cluster.local"
-	etcdURL       = "http://127.0.0.1:2379"
+	apiPort            = 6443
+	registryPort       = 5000
+	secureRegistryPort = 5443
+	clusterDomain      = "cluster.local"
+	etcdURL            = "http://127.0.0.1:2379"
 
 	adminUser  = "kubernetes-admin"
 	adminGroup = "system:masters"
@@ -58,7 +59,7 @@ func (c *Cluster) writeControlFiles(a addresses) (*authority, error) {
 	if err := c.writeNameServerConfig(a); err != nil {
 		return nil, err
 	}
-	return ca, c.writeRegistryConfig()
+	return ca, c.writeRegistryConfigs(ca, a)
 }
 
 func (c *Cluster) nameServerConfig() string { return filepath.Join(c.dir, "Corefile") }
@@ -75,26 +76,51 @@ func (c *Cluster) writeNameServerConfig(a addresses) error {
 }`, clusterDomain, a.control(), c.Kubeconfig()))
 }
 
-func (c *Cluster) registryConfig() string { return filepath.Join(c.dir, "registry.yml") }
+func (c *Cluster) registryConfig(name string) string { return filepath.Join(c.dir, name+".yml") }
 
-func (c *Cluster) writeRegistryConfig() error {
-	return writeJSON(c.registryConfig(), map[string]any{ // JSON is YAML
-		"version": "0.1",
-		"log":     map[string]any{"level": "warn"},
-		"storage": map[string]any{
-			"filesystem": map[string]any{"rootdirectory": filepath.Join(c.dir, "registry")},
-			"delete":     map[string]any{"enabled": true},
-		},
-		"http": map[string]any{"addr": fmt.Sprintf("0.0.0.0:%d", registryPort)},
+// writeRegistryConfigs configures two doors to one store of images: one of plain
+// HTTP, one of TLS.
+func (c *Cluster) writeRegistryConfigs(ca *authority, a addresses) error {
+	pki := filepath.Join(c.dir, "pki", "registry")
+	err := ca.issue(pki, certificate{
+		user:      "registry",
+		names:     []string{"localhost", controlName},
+		addresses: []netip.Addr{netip.MustParseAddr("127.0.0.1"), a.control()},
 	})
+	if err != nil {
+		return err
+	}
+	for name, http := range map[string]map[string]any{
+		Registry: {"addr": fmt.Sprintf("0.0.0.0:%d", registryPort)},
+		SecureRegistry: {
+			"addr": fmt.Sprintf("0.0.0.0:%d", secureRegistryPort),
+			"tls":  map[string]any{"certificate": pki + ".crt", "key": pki + ".key"},
+		},
+	} {
+		err := writeJSON(c.registryConfig(name), map[string]any{ // JSON is YAML
+			"version": "0.1",
+			"log":     map[string]any{"level": "warn"},
+			"storage": map[string]any{
+				"filesystem": map[string]any{"rootdirectory": filepath.Join(c.dir, "registry")},
+				"delete":     map[string]any{"enabled": true},
+			},
+			"http": http,
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // startStore starts what the API server and the nodes need first.
 func (c *Cluster) startStore(ctx context.Context) error {
-	if err := c.Control().run(ctx, Registry, "docker-registry", "serve", c.registryConfig()); err != nil {
-		return err
+	for _, name := range []string{Registry, SecureRegistry} {
+		if err := c.Control().Run(ctx, name, "docker-registry", "serve", c.registryConfig(name)); err != nil {
+			return err
+		}
 	}
-	return c.Control().run(ctx, Etcd, "etcd",
+	return c.Control().Run(ctx, Etcd, "etcd",
 		"--name=control",
 		"--data-dir="+filepath.Join(c.dir, "etcd"),
 		"--listen-client-urls="+etcdURL,
@@ -108,7 +134,7 @@ func (c *Cluster) startStore(ctx context.Context) error {
 
 func (c *Cluster) startAPIServer(ctx context.Context, a addresses) error {
 	pki := filepath.Join(c.dir, "pki")
-	return c.Control().run(ctx, APIServer, "kube-apiserver",
+	return c.Control().Run(ctx, APIServer, "kube-apiserver",
 		"--etcd-servers="+etcdURL,
 		fmt.Sprintf("--secure-port=%d", apiPort),
 		"--advertise-address="+a.control().String(),
@@ -135,7 +161,7 @@ func (c *Cluster) startAPIServer(ctx context.Context, a addresses) error {
 // startControllers starts what needs the API server.
 func (c *Cluster) startControllers(ctx context.Context) error {
 	pki := filepath.Join(c.dir, "pki")
-	err := c.Control().run(ctx, ControllerManager, "kube-controller-manager",
+	err := c.Control().Run(ctx, ControllerManager, "kube-controller-manager",
 		"--kubeconfig="+pki+"/controller-manager",
 		"--authentication-kubeconfig="+pki+"/controller-manager",
 		"--authorization-kubeconfig="+pki+"/controller-manager",
@@ -145,6 +171,8 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 		"--cluster-signing-cert-file="+pki+"/ca.crt",
 		"--cluster-signing-key-file="+pki+"/ca.key",
 		"--bind-address=127.0.0.1",
+		// The usual directory is outside the state directory.
+		"--flex-volume-plugin-dir="+filepath.Join(c.dir, "volume-plugins"),
 		// A dead node is seen sooner than the usual 50 seconds.
 		"--node-monitor-grace-period=20s",
 		"--leader-elect=false",
@@ -152,11 +180,11 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = c.Control().run(ctx, DNS, "coredns", "-conf="+c.nameServerConfig())
+	err = c.Control().Run(ctx, DNS, "coredns", "-conf="+c.nameServerConfig())
 	if err != nil {
 		return err
 	}
-	return c.Control().run(ctx, Scheduler, "kube-scheduler",
+	return c.Control().Run(ctx, Scheduler, "kube-scheduler",
 		"--kubeconfig="+pki+"/scheduler",
 		"--authentication-kubeconfig="+pki+"/scheduler",
 		"--authorization-kubeconfig="+pki+"/scheduler",

@@ -46,11 +46,11 @@ func (c *Cluster) writeNodeFiles(ca *authority, a addresses, i int) error {
 		return fmt.Errorf("configure node: %w", err)
 	}
 	for name, content := range map[string]string{
-		"ca.crt":          string(caPEM),
-		"resolv.conf":     "# The cluster reaches no name server of the outside.",
-		"containerd.toml": c.containerdConfig(),
-		// Every image of the registry is fetched over plain HTTP.
-		"certs.d/" + c.registry + "/hosts.toml": fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\n", c.registry, c.registry),
+		"ca.crt":                                string(caPEM),
+		"resolv.conf":                           "# The cluster reaches no name server of the outside.",
+		"containerd.toml":                       c.containerdConfig(),
+		"certs.d/" + c.registry + "/hosts.toml": hostConfig("http://"+c.registry, ""),
+		"certs.d/" + c.SecureRegistry() + "/hosts.toml": hostConfig("https://"+c.SecureRegistry(), nodeConfig+"/ca.crt"),
 	} {
 		if err := writeFile(filepath.Join(dir, name), content); err != nil {
 			return fmt.Errorf("configure node: %w", err)
@@ -66,6 +66,15 @@ func (c *Cluster) writeNodeFiles(ca *authority, a addresses, i int) error {
 		}
 	}
 	return nil
+}
+
+// hostConfig tells containerd how to reach a registry. ca may be empty.
+func hostConfig(url, ca string) string {
+	config := fmt.Sprintf("server = %q\n[host.%q]\n", url, url)
+	if ca != "" {
+		config += fmt.Sprintf("ca = %q\n", ca)
+	}
+	return config
 }
 
 func (c *Cluster) containerdConfig() string {
@@ -174,12 +183,12 @@ func networkConfig(a addresses, i int) map[string]any {
 
 // startRuntime starts a node's containerd.
 func (n *Machine) startRuntime(ctx context.Context) error {
-	return n.run(ctx, Containerd, "containerd", "--config="+nodeConfig+"/containerd.toml")
+	return n.Run(ctx, Containerd, "containerd", "--config="+nodeConfig+"/containerd.toml")
 }
 
 // startAgents starts what makes a machine a node of the API server.
 func (n *Machine) startAgents(ctx context.Context) error {
-	err := n.run(ctx, Kubelet, "kubelet",
+	err := n.Run(ctx, Kubelet, "kubelet",
 		"--config="+nodeConfig+"/kubelet.json",
 		"--kubeconfig="+nodeConfig+"/kubelet.kubeconfig",
 		"--hostname-override="+n.name,
@@ -187,5 +196,5 @@ func (n *Machine) startAgents(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return n.run(ctx, KubeProxy, "kube-proxy", "--config="+nodeConfig+"/kube-proxy.json")
+	return n.Run(ctx, KubeProxy, "kube-proxy", "--config="+nodeConfig+"/kube-proxy.json")
 }

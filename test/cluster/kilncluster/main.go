@@ -78,7 +78,7 @@ func up(ctx context.Context, cfg cluster.Config) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(os.Stderr, "registry:", c.Registry())
+	fmt.Fprintf(os.Stderr, "registry: %s, with TLS %s\n", c.Registry(), c.SecureRegistry())
 	fmt.Println("export KUBECONFIG=" + c.Kubeconfig())
 	return nil
 }
