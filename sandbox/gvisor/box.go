@@ -161,9 +161,10 @@ func writeBundle(bundle string, spec *specs.Spec) error {
 
 // environment is that of runsc. It collects no garbage while a sandbox starts; the
 // start of the step's container ends that for the sandbox, and the limit for the
-// others.
+// others. One processor is enough for all but the sandbox, which does not take
+// that from here.
 func (b *box) environment() []string {
-	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + b.tmp, "GOGC=off", "GOMEMLIMIT=64MiB"}
+	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + b.tmp, "GOGC=off", "GOMEMLIMIT=64MiB", "GOMAXPROCS=1"}
 }
 
 // start starts the sandbox and waits until its first process runs.

@@ -130,6 +130,17 @@ func (r *Runtime) lookup(id string) *running {
 	return r.steps[id]
 }
 
+// reserve takes a step's ID until set is called with nil.
+func (r *Runtime) reserve(id string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, taken := r.steps[id]; taken {
+		return errors.New("a step of this ID runs already")
+	}
+	r.steps[id] = nil // no process yet
+	return nil
+}
+
 func (r *Runtime) set(id string, s *running) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -206,7 +206,6 @@ func (s *stepRun) runProcess(ctx context.Context, started func()) (*sandbox.Resu
 	ended := make(chan struct{})
 	defer close(ended)
 	run := &running{ctl: s.box.ctl, rootfs: s.rootfs, noNewPrivs: s.noNewPrivs, ended: ended}
-	defer s.r.set(s.step.ID, nil)
 	return run.process(ctx, &s.step.Process, s.startContainer, func(io *stdio) {
 		s.copies = io
 		s.r.set(s.step.ID, run)

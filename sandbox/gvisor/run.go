@@ -35,6 +35,10 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if err := r.reserve(step.ID); err != nil {
+		return nil, err
+	}
+	defer r.set(step.ID, nil)
 	if s.box, err = r.pool.take(ctx, kindOf(step)); err != nil {
 		return nil, err
 	}

@@ -260,7 +260,10 @@ func TestStockRunsc(t *testing.T) {
 	require.Contains(t, missing.Missing, "StepProbe")
 }
 
-const childEnv = "KILN_TEST_GVISOR_CHILD"
+const (
+	childEnv     = "KILN_TEST_GVISOR_CHILD"
+	childWaitEnv = "KILN_TEST_GVISOR_CHILD_WAITS"
+)
 
 // TestRecovery kills a process in the middle of a step and makes another runtime
 // on its state directory.
@@ -269,13 +272,25 @@ func TestRecovery(t *testing.T) {
 		r, err := New(context.Background(), Config{RunscPath: runscPath(t), StateDir: dir + "/state"})
 		require.NoError(t, err)
 		step := (&env{lower: dir + "/lower", upper: dir + "/upper", work: dir + "/work"}).step("sleep 1000")
-		_, _ = r.Run(context.Background(), step, func() { os.Stdout.WriteString("started\n") })
+		_, _ = r.Run(context.Background(), step, func() {
+			// Others are being started meanwhile, or wait.
+			if os.Getenv(childWaitEnv) != "" {
+				r.pool.making.Wait()
+			}
+			os.Stdout.WriteString("started\n")
+		})
 		return
 	}
+	for _, waits := range []string{"", "1"} {
+		t.Run("waits="+waits, func(t *testing.T) { testRecovery(t, waits) })
+	}
+}
+
+func testRecovery(t *testing.T, waits string) {
 	e := newEnv(t)
 	dir := filepath.Dir(e.lower)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestRecovery$")
-	cmd.Env = append(os.Environ(), childEnv+"="+dir)
+	cmd.Env = append(os.Environ(), childEnv+"="+dir, childWaitEnv+"="+waits)
 	out, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())
