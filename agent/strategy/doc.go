@@ -51,7 +51,7 @@
 // # Outputs
 //
 // Names that differ in nothing but themselves are pushed by one export. When
-// outputs differ in compression or annotations, so do their digests, and the
-// response has one of them. With a source_date_epoch files of layers that the build
+// outputs differ in compression or annotations, so do their digests; the response
+// has that of the first. With a source_date_epoch files of layers that the build
 // makes are not younger than it.
 package strategy

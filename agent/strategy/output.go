@@ -13,8 +13,10 @@ import (
 )
 
 // outputs makes one export of each kind of output: names that differ in nothing
-// else are pushed by one.
+// else are pushed by one. The export of the first output is the last, because what
+// the engine answers is what the last one says.
 func (p *planner) outputs() {
+	defer func() { slices.Reverse(p.opt.Exports) }()
 	for _, o := range p.spec.GetOutputs() {
 		var e client.ExportEntry
 		if r := o.GetRegistry(); r != nil {
@@ -26,6 +28,7 @@ func (p *planner) outputs() {
 			e.Attrs[string(exptypes.OptKeySourceDateEpoch)] = strconv.FormatInt(epoch, 10)
 			e.Attrs[string(exptypes.OptKeyRewriteTimestamp)] = "true"
 		}
+		p.images = append(p.images, e.Attrs[string(exptypes.OptKeyName)])
 		p.addExport(e)
 	}
 }

@@ -73,11 +73,14 @@ func TestPlanOfOutputsAndCaches(t *testing.T) {
 		return client.ExportEntry{Type: "image", Attrs: attrs}
 	}
 	require.Equal(t, []client.ExportEntry{
-		push("example.com/a:latest,other.example.com/a:3", nil),
-		{Type: "image", Attrs: map[string]string{"name": "example.com/a:1", "push": "false", "unpack": "false", "store": "true"}},
-		push("example.com/b:2", map[string]string{"compression": "zstd", "force-compression": "true", "oci-mediatypes": "true", "annotation.k": "v"}),
 		push("plain.example.com/a:3", map[string]string{"registry.insecure": "true"}),
+		push("example.com/b:2", map[string]string{"compression": "zstd", "force-compression": "true", "oci-mediatypes": "true", "annotation.k": "v"}),
+		{Type: "image", Attrs: map[string]string{"name": "example.com/a:1", "push": "false", "unpack": "false", "store": "true"}},
+		push("example.com/a:latest,other.example.com/a:3", nil),
 	}, plan.Opt.Exports)
+	require.Equal(t, []string{
+		"example.com/a:latest", "example.com/a:1", "example.com/b:2", "other.example.com/a:3", "plain.example.com/a:3",
+	}, plan.Images)
 	require.Equal(t, []client.CacheOptionsEntry{{Type: "registry", Attrs: map[string]string{"ref": "docker.io/a/cache:latest"}}}, plan.Opt.CacheImports)
 	require.Equal(t, []client.CacheOptionsEntry{
 		{Type: "inline", Attrs: map[string]string{}}, {Type: "registry", Attrs: map[string]string{"ref": "docker.io/a/cache:1", "mode": "min"}},

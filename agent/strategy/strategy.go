@@ -47,6 +47,9 @@ type Plan struct {
 	Opt client.SolveOpt
 	// Build makes the result. It is never nil.
 	Build gateway.BuildFunc
+	// Images are the names of the outputs in full, in their order, which are pushed and
+	// stored when the run ended well.
+	Images []string
 
 	loan *sessions.Loan
 	// mu guards cause.
@@ -95,6 +98,7 @@ type planner struct {
 	opt      client.SolveOpt
 	loan     *sessions.Loan
 	source   *source
+	images   []string
 }
 
 // New makes a plan. Its errors are those of Validate and CheckCredentials, or that
@@ -132,7 +136,7 @@ func New(_ context.Context, in Inputs) (*Plan, error) {
 	if p.opt.Session, err = p.loan.Attachables(); err != nil {
 		return nil, fmt.Errorf("prepare credentials: %w", err)
 	}
-	plan := &Plan{Opt: p.opt, loan: p.loan}
+	plan := &Plan{Opt: p.opt, Images: p.images, loan: p.loan}
 	plan.Build = func(ctx context.Context, c gateway.Client) (*gateway.Result, error) {
 		res, err := build(ctx, c)
 		plan.mu.Lock()
@@ -143,7 +147,7 @@ func New(_ context.Context, in Inputs) (*Plan, error) {
 	return plan, nil
 }
 
-// errPlatform is in a spec that wants what a node cannot run.
+// stepsPlatform refuses a platform that the node cannot run.
 func (p *planner) stepsPlatform() error {
 	for _, s := range p.spec.GetPlatforms() {
 		want, err := parsePlatform(s)
