@@ -177,6 +177,22 @@ func removeState(dir string) error {
 	if len(mounts) > 0 {
 		return fmt.Errorf("remove %s: %s is mounted; unmount it first", dir, mounts[0].Mountpoint)
 	}
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove state directory: %w", err)
+	}
+	// The marker goes last: until then another Down may end what this one began.
+	for _, e := range entries {
+		if e.Name() == marker {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return fmt.Errorf("remove state directory: %w", err)
+		}
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove state directory: %w", err)
 	}

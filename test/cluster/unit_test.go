@@ -20,6 +20,15 @@ func TestForeignDirectoryIsNeverTaken(t *testing.T) {
 	require.FileExists(t, file)
 }
 
+// A Down that was killed leaves at least the marker for the next one.
+func TestHalfRemovedStateIsRemoved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	require.NoError(t, claim(dir))
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "nodes/node1/lib"), 0o755))
+	require.NoError(t, Down(t.Context(), dir))
+	require.NoDirExists(t, dir)
+}
+
 func TestConfigIsChecked(t *testing.T) {
 	for _, test := range []struct {
 		name string
