@@ -12,15 +12,15 @@ mkdir -p "$cache" "$bin/images"
 
 # git and ssh fetch sources, mount prepares the agent's container.
 packages=git,openssh-client,ca-certificates,mount
-if [ ! -e "$cache/agent-$packages.tar" ]; then
+if [ ! -e "$cache/agent-rootfs.tar" ]; then
 	mmdebstrap --quiet --variant=minbase --include="$packages" \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-		bookworm "$cache/rootfs.tar.part"
-	mv "$cache/rootfs.tar.part" "$cache/agent-$packages.tar"
+		bookworm "$cache/part.tar"
+	mv "$cache/part.tar" "$cache/agent-rootfs.tar"
 fi
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
-ln "$cache/agent-$packages.tar" "$context/rootfs.tar" 2>/dev/null || cp "$cache/agent-$packages.tar" "$context/rootfs.tar"
+ln "$cache/agent-rootfs.tar" "$context/rootfs.tar" 2>/dev/null || cp "$cache/agent-rootfs.tar" "$context/rootfs.tar"
 
 image() { # name, context
 	local out="type=oci,dest=$bin/images/$1.tar,name=kiln/$1:$tag"

@@ -37,7 +37,7 @@ type Source struct {
 	// The directory of the source that is the context. Unset: its root.
 	// +optional
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && self.split('/').all(p, p != '..')",message="contextDir must be relative and without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^/|(^|/)[.][.](/|$)')",message="contextDir must be relative and without \"..\""
 	ContextDir string `json:"contextDir,omitempty"`
 }
 
@@ -88,7 +88,7 @@ type InlineFile struct {
 	// Relative, slash-separated, without "..".
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && !self.endsWith('/') && self.split('/').all(p, p != '' && p != '.' && p != '..')",message="path must be relative, clean and without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^/|/$|//|(^|/)[.][.]?(/|$)')",message="path must be relative, clean and without \"..\""
 	Path string `json:"path"`
 	// What is in it.
 	// +optional
@@ -114,7 +114,7 @@ type ConfigMapSource struct {
 	// Directory of the source for the files. Unset: its root.
 	// +optional
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && self.split('/').all(p, p != '..')",message="destinationDir must be relative and without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^/|(^|/)[.][.](/|$)')",message="destinationDir must be relative and without \"..\""
 	DestinationDir string `json:"destinationDir,omitempty"`
 }
 
@@ -141,6 +141,6 @@ type ImagePath struct {
 	// Directory of the source for the copy. Unset: its root.
 	// +optional
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && self.split('/').all(p, p != '..')",message="destinationDir must be relative and without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^/|(^|/)[.][.](/|$)')",message="destinationDir must be relative and without \"..\""
 	DestinationDir string `json:"destinationDir,omitempty"`
 }

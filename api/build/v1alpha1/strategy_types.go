@@ -21,7 +21,7 @@ type DockerfileStrategy struct {
 	// Path below the context. Unset: Dockerfile.
 	// +optional
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && self.split('/').all(p, p != '..')",message="path must be relative and without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('^/|(^|/)[.][.](/|$)')",message="path must be relative and without \"..\""
 	Path string `json:"path,omitempty"`
 	// The Dockerfile itself, in place of a file of the source.
 	// +optional
@@ -177,7 +177,7 @@ type WorkspaceCopy struct {
 	// Path below /workspace.
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=1024
-	// +kubebuilder:validation:XValidation:rule="self.split('/').all(p, p != '..')",message="source must be without \"..\""
+	// +kubebuilder:validation:XValidation:rule="!self.matches('(^|/)[.][.](/|$)')",message="source must be without \"..\""
 	Source string `json:"source"`
 	// Absolute path in the image.
 	// +kubebuilder:validation:Pattern=`^/`
