@@ -138,12 +138,14 @@ func TestGitSource(t *testing.T) {
 		})
 	}
 	for name, s := range map[string]*agentv1.Source{
-		"no_such_revision": gitSource(url, "nope"), "no_such_repository": gitSource(url+"x", ""),
+		"no_such_revision": gitSource(url, "nope"), "no_such_commit": gitSource(url, strings.Repeat("0123", 10)), "no_such_repository": gitSource(url+"x", ""),
 		"no_such_dir": {From: gitSource(url, "").From, ContextDir: "nope"}, "escaping_dir": {From: gitSource(url, "feature/next").From, ContextDir: "escape"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, _ := build(t, s)
 			require.Error(t, out.err)
+			var fault *SourceError
+			require.ErrorAs(t, out.cause, &fault)
 		})
 	}
 }

@@ -22,8 +22,9 @@ import (
 const (
 	// localSource is the name of the in-memory directory of an inline or empty source.
 	localSource = "source"
-	// archiveName is the file that an archive is fetched as.
-	archiveName = "archive"
+	// archiveName is the file that an archive is fetched as. It is still there when the
+	// engine could not unpack it.
+	archiveName = "kiln-source-archive"
 	// archiveHeader is how much of a file tells whether it is an archive, in bytes.
 	archiveHeader = 1024
 )
@@ -37,6 +38,8 @@ type source struct {
 	// git is the main part's operation when it is a repository: what a revision is
 	// resolved with.
 	git *llb.State
+	// packed is set when the main part is an archive.
+	packed bool
 	// uri names the source in provenance.
 	uri string
 
@@ -176,6 +179,7 @@ func (p *planner) uploadSource(s *source, u *agentv1.UploadedSource) error {
 
 // archive makes the unpacked file of from the main part.
 func (s *source) archive(from llb.State) {
+	s.packed = true
 	s.main = func(ctx context.Context, c gateway.Client) (llb.State, error) {
 		ref, err := solve(ctx, c, from)
 		if err != nil {
@@ -211,17 +215,27 @@ func (s *source) resolve(ctx context.Context, c gateway.Client) (*files, error) 
 	if out.state, err = s.main(ctx, c); err != nil {
 		return nil, err
 	}
-	for _, im := range s.images {
+	// It is made here and not when the build needs it, so that what goes wrong is known
+	// to be the source's fault.
+	ref, err := solve(ctx, c, out.state)
+	if err != nil {
+		return nil, &SourceError{Field: s.field, err: err}
+	}
+	if s.packed {
+		if _, err := ref.StatFile(ctx, gateway.StatRequest{Path: archiveName}); err == nil {
+			return nil, sourceError(s.field, "the archive cannot be unpacked: it is broken")
+		}
+	}
+	for i, im := range s.images {
 		if out.state, err = s.copyImage(out.state, im); err != nil {
 			return nil, err
+		}
+		if ref, err = solve(ctx, c, out.state); err != nil {
+			return nil, &SourceError{Field: item("spec.source.images", i), err: err}
 		}
 	}
 	if s.contextDir == "." {
 		return out, nil
-	}
-	ref, err := solve(ctx, c, out.state)
-	if err != nil {
-		return nil, &SourceError{Field: s.field, err: err}
 	}
 	st, err := ref.StatFile(ctx, gateway.StatRequest{Path: s.contextDir})
 	if err != nil {

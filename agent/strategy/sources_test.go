@@ -27,6 +27,10 @@ func TestHTTPSource(t *testing.T) {
 		switch r.URL.Path {
 		case "/a.tgz":
 			_, _ = w.Write(served)
+		case "/broken.tgz":
+			_, _ = w.Write(served[:20])
+		case "/truncated.tgz":
+			_, _ = w.Write(served[:len(served)-30])
 		case "/text":
 			_, _ = w.Write([]byte("FROM scratch\n"))
 		default:
@@ -50,6 +54,8 @@ func TestHTTPSource(t *testing.T) {
 	for name, x := range map[string]struct{ path, digest, want string }{
 		"another digest": {"/a.tgz", digest.FromString("x").String(), "digest mismatch"},
 		"missing":        {"/nope", "", "404"},
+		"broken":         {"/broken.tgz", "", "cannot be unpacked"},
+		"truncated":      {"/truncated.tgz", "", "unexpected EOF"},
 		"no archive":     {"/text", "", "it is not an archive"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -105,7 +111,11 @@ func TestContentOfImagesOverASource(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			src.Images, src.ContextDir = []*agentv1.ImageSource{im}, ""
-			require.Error(t, run(t, c, Inputs{Spec: &agentv1.BuildSpec{Source: src, Strategy: copyAll}}).err)
+			out := run(t, c, Inputs{Spec: &agentv1.BuildSpec{Source: src, Strategy: copyAll}})
+			require.Error(t, out.err)
+			var fault *SourceError
+			require.ErrorAs(t, out.cause, &fault)
+			require.Equal(t, "spec.source.images[0]", fault.Field)
 		})
 	}
 	t.Run("over a repository", func(t *testing.T) {
