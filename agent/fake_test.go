@@ -1,4 +1,4 @@
-package agent
+package agent_test
 
 import (
 	"context"
@@ -11,6 +11,8 @@ import (
 	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/kiln-build/kiln/agent"
 )
 
 // faultyEngines are engines that end builds in ways that real ones do rarely. What
@@ -23,10 +25,10 @@ type faultyEngines struct {
 
 	mu       sync.Mutex
 	sessions int // guarded by mu; open now
-	opened   []Domain
+	opened   []agent.Domain
 }
 
-func (e *faultyEngines) Open(_ context.Context, d Domain) (Session, error) {
+func (e *faultyEngines) Open(_ context.Context, d agent.Domain) (agent.Session, error) {
 	if e.open != nil {
 		return nil, e.open
 	}
@@ -37,8 +39,8 @@ func (e *faultyEngines) Open(_ context.Context, d Domain) (Session, error) {
 	return &faultySession{engines: e}, nil
 }
 
-func (e *faultyEngines) Domains(context.Context) ([]Domain, error) {
-	return []Domain{{"b", "gvisor"}, {"a", "userns"}, {"a", "gvisor"}}, nil
+func (e *faultyEngines) Domains(context.Context) ([]agent.Domain, error) {
+	return []agent.Domain{{"b", "gvisor"}, {"a", "userns"}, {"a", "gvisor"}}, nil
 }
 
 // left is the number of sessions that were not closed.

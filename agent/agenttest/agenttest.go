@@ -1,4 +1,6 @@
-package agent
+// Package agenttest serves an agent to tests, which call it as different callers,
+// and checks what every build promises.
+package agenttest
 
 import (
 	"archive/tar"
@@ -19,41 +21,44 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/kiln-build/kiln/agent"
 	"github.com/kiln-build/kiln/agent/auth"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
-// checkGoroutines fails the test when goroutines of the agent are left at its end.
+// CheckGoroutines fails the test when goroutines of the agent are left at its end.
 // Tests with real engines do not use it: those leave some that end by themselves
 // after a while.
-func checkGoroutines(t *testing.T) {
+func CheckGoroutines(t *testing.T) {
 	before := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, before) })
 }
 
-// testTimeout bounds one test's calls.
-const testTimeout = 2 * time.Minute
+// timeout bounds one test's calls.
+const timeout = 2 * time.Minute
 
-// allClasses says that every class of sandbox works.
-func allClasses() []*agentv1.SandboxInfo {
+// AllClasses says that every class of sandbox works.
+func AllClasses() []*agentv1.SandboxInfo {
 	return []*agentv1.SandboxInfo{
 		{Class: agentv1.SandboxClass_SANDBOX_CLASS_GVISOR, Available: true},
 		{Class: agentv1.SandboxClass_SANDBOX_CLASS_USERNS, Available: true},
 	}
 }
 
-// anything is a policy that allows everything.
-func anything(string) TenantRules { return TenantRules{Rules: []policy.Rules{{Name: "test"}}} }
+// Anything is a policy that allows everything.
+func Anything(string) agent.TenantRules {
+	return agent.TenantRules{Rules: []policy.Rules{{Name: "test"}}}
+}
 
-// newAgent returns an agent over engines. change may change its configuration.
-func newAgent(t *testing.T, engines Engines, change func(*Config)) *Agent {
+// New returns an agent over engines. change may change its configuration.
+func New(t *testing.T, engines agent.Engines, change func(*agent.Config)) *agent.Agent {
 	t.Helper()
-	cfg := Config{Root: t.TempDir(), Node: "node-1", Engines: engines, Policy: RulePolicy(anything), Sandboxes: allClasses}
+	cfg := agent.Config{Root: t.TempDir(), Node: "node-1", Engines: engines, Policy: agent.RulePolicy(Anything), Sandboxes: AllClasses}
 	if change != nil {
 		change(&cfg)
 	}
-	a, err := New(cfg)
+	a, err := agent.New(cfg)
 	require.NoError(t, err)
 	return a
 }
@@ -68,8 +73,8 @@ var identities = map[string]auth.Identity{
 	"controller": {Name: "test:controller", Role: auth.RoleController},
 }
 
-// as returns a context of a caller.
-func as(ctx context.Context, who string) context.Context {
+// As returns a context of a caller.
+func As(ctx context.Context, who string) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, identityKey, who)
 }
 
@@ -87,11 +92,11 @@ type authenticated struct{ grpc.ServerStream }
 
 func (s authenticated) Context() context.Context { return authenticate(s.ServerStream.Context()) }
 
-// serve serves an agent, as its server does, and returns a client of it. Both end
+// Serve serves an agent, as its server does, and returns a client of it. Both end
 // with the test, before the agent's directory is removed.
-func serve(t *testing.T, a *Agent) agentv1.BuildServiceClient {
+func Serve(t *testing.T, a *agent.Agent) agentv1.BuildServiceClient {
 	t.Helper()
-	c, stop := serveUntil(t, a)
+	c, stop := ServeUntil(t, a)
 	t.Cleanup(func() {
 		stop()
 		require.NoError(t, a.Close())
@@ -99,7 +104,7 @@ func serve(t *testing.T, a *Agent) agentv1.BuildServiceClient {
 	return c
 }
 
-func serveUntil(t *testing.T, a *Agent) (agentv1.BuildServiceClient, func()) {
+func ServeUntil(t *testing.T, a *agent.Agent) (agentv1.BuildServiceClient, func()) {
 	t.Helper()
 	l := bufconn.Listen(1 << 20)
 	s := grpc.NewServer(
@@ -123,19 +128,19 @@ func serveUntil(t *testing.T, a *Agent) (agentv1.BuildServiceClient, func()) {
 	}
 }
 
-func testContext(t *testing.T, who string) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+func Context(t *testing.T, who string) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	t.Cleanup(cancel)
-	return as(ctx, who)
+	return As(ctx, who)
 }
 
-// dockerfile is a spec of a Dockerfile.
-func dockerfile(text string) *agentv1.BuildSpec {
+// Dockerfile is a spec of a Dockerfile.
+func Dockerfile(text string) *agentv1.BuildSpec {
 	return &agentv1.BuildSpec{Strategy: &agentv1.BuildSpec_Dockerfile{Dockerfile: &agentv1.DockerfileStrategy{Inline: text}}}
 }
 
-// watch returns all events of a build from offset to its end.
-func watch(t *testing.T, ctx context.Context, c agentv1.BuildServiceClient, id string, offset uint64) []*agentv1.Event {
+// Watch returns all events of a build from offset to its end.
+func Watch(t *testing.T, ctx context.Context, c agentv1.BuildServiceClient, id string, offset uint64) []*agentv1.Event {
 	t.Helper()
 	stream, err := c.WatchBuild(ctx, &agentv1.WatchBuildRequest{BuildId: id, Offset: offset})
 	require.NoError(t, err)
@@ -150,9 +155,9 @@ func watch(t *testing.T, ctx context.Context, c agentv1.BuildServiceClient, id s
 	}
 }
 
-// checkEvents fails unless events are numbered from first without gaps, and end with
+// CheckEvents fails unless events are numbered from first without gaps, and end with
 // the only result, which it returns.
-func checkEvents(t *testing.T, events []*agentv1.Event, first uint64) *agentv1.BuildResult {
+func CheckEvents(t *testing.T, events []*agentv1.Event, first uint64) *agentv1.BuildResult {
 	t.Helper()
 	require.NotEmpty(t, events)
 	for i, ev := range events {
@@ -162,8 +167,8 @@ func checkEvents(t *testing.T, events []*agentv1.Event, first uint64) *agentv1.B
 	return events[len(events)-1].GetResult()
 }
 
-// output is what the steps of a build wrote.
-func output(events []*agentv1.Event) string {
+// Output is what the steps of a build wrote.
+func Output(events []*agentv1.Event) string {
 	var b bytes.Buffer
 	for _, ev := range events {
 		b.Write(ev.GetLog().GetData())
@@ -171,8 +176,8 @@ func output(events []*agentv1.Event) string {
 	return b.String()
 }
 
-// busyboxTar is an archive with busybox and more files.
-func busyboxTar(t *testing.T, files map[string]string) []byte {
+// BusyboxTar is an archive with busybox and more files.
+func BusyboxTar(t *testing.T, files map[string]string) []byte {
 	t.Helper()
 	data, err := os.ReadFile("/bin/busybox")
 	require.NoError(t, err, "install Debian's busybox-static")
@@ -191,8 +196,8 @@ func busyboxTar(t *testing.T, files map[string]string) []byte {
 	return buf.Bytes()
 }
 
-// send uploads an archive in pieces.
-func send(ctx context.Context, c agentv1.BuildServiceClient, head *agentv1.UploadHeader, data []byte) (*agentv1.UploadSourceResponse, error) {
+// Send uploads an archive in pieces.
+func Send(ctx context.Context, c agentv1.BuildServiceClient, head *agentv1.UploadHeader, data []byte) (*agentv1.UploadSourceResponse, error) {
 	stream, err := c.UploadSource(ctx)
 	if err != nil {
 		return nil, err
@@ -206,22 +211,30 @@ func send(ctx context.Context, c agentv1.BuildServiceClient, head *agentv1.Uploa
 	return stream.CloseAndRecv()
 }
 
-// sendAll uploads an archive as the caller's tenant and returns its digest.
-func sendAll(t *testing.T, ctx context.Context, c agentv1.BuildServiceClient, data []byte) string {
+// SendAll uploads an archive as the caller's tenant and returns its digest.
+func SendAll(t *testing.T, ctx context.Context, c agentv1.BuildServiceClient, data []byte) string {
 	t.Helper()
 	d := digest.FromBytes(data).String()
-	resp, err := send(ctx, c, &agentv1.UploadHeader{Digest: d, Size: int64(len(data))}, data)
+	resp, err := Send(ctx, c, &agentv1.UploadHeader{Digest: d, Size: int64(len(data))}, data)
 	require.NoError(t, err)
 	require.Equal(t, d, resp.GetDigest())
 	return d
 }
 
-// repoBin is where the Makefile puts the OCI runtimes.
-func repoBin(t *testing.T, name string) string {
+// RepoBin is where the Makefile puts the OCI runtimes.
+func RepoBin(t *testing.T, name string) string {
 	t.Helper()
-	p, err := filepath.Abs(filepath.Join("..", "bin", name))
+	p, err := filepath.Abs(filepath.Join("..", "..", "bin", name))
 	require.NoError(t, err)
 	_, err = os.Stat(p)
 	require.NoError(t, err, "run `make build` first")
 	return p
+}
+
+// Uploaded is a spec of the Dockerfile in an archive that was uploaded.
+func Uploaded(digest string) *agentv1.BuildSpec {
+	return &agentv1.BuildSpec{
+		Source:   &agentv1.Source{From: &agentv1.Source_Upload{Upload: &agentv1.UploadedSource{Digest: digest}}},
+		Strategy: &agentv1.BuildSpec_Dockerfile{Dockerfile: &agentv1.DockerfileStrategy{}},
+	}
 }
