@@ -38,7 +38,7 @@ func takeCensus(t *testing.T, dir string) {
 
 // traces matches the names of what Kubernetes, containerd and network plugins
 // leave on a machine. Other tests may be at work on it, so no other name counts.
-var traces = regexp.MustCompile(`kube|containerd|\bcni|\bnri|\bcdi|etcd|coredns|ovl-idmapped|^(pods|containers|netns)$`)
+var traces = regexp.MustCompile(`kube|containerd|\bcni|\bnri|\bcdi|etcd|coredns|^(pods|containers|netns)$`)
 
 // census lists what a cluster with this state directory may leave: files, mounts,
 // network devices and routes, packet-filter tables, kernel settings, cgroups,
@@ -49,7 +49,7 @@ func census(t *testing.T, dir string) []string {
 	if _, err := os.Lstat(dir); err == nil {
 		out = append(out, "directory "+dir)
 	}
-	for _, d := range []string{"/run", "/var/lib", "/var/log", "/etc", "/opt", "/usr/libexec", "/tmp"} {
+	for _, d := range []string{"/run", "/var/lib", "/var/log", "/etc", "/opt", "/usr/libexec"} {
 		entries, err := os.ReadDir(d)
 		if err == nil {
 			for _, e := range entries {
