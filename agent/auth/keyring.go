@@ -43,6 +43,8 @@ type Keyring struct {
 	// stamps are those of the files that config was made of, or that failed last.
 	stamps []stamp
 	config *tls.Config
+	// notAfter is when the certificate of config ends.
+	notAfter time.Time
 	// clientAuth is what every config has.
 	clientAuth tls.ClientAuthType
 }
@@ -68,7 +70,7 @@ func NewKeyring(files Files, certificateNeeded bool, log *slog.Logger) (*Keyring
 	if k.stamps, err = k.stat(); err != nil {
 		return nil, err
 	}
-	if k.config, err = k.load(); err != nil {
+	if k.config, k.notAfter, err = k.load(); err != nil {
 		return nil, err
 	}
 	k.checked = time.Now()
@@ -87,6 +89,14 @@ func (k *Keyring) TLS() *tls.Config {
 	}
 }
 
+// NotAfter returns when the server's certificate ends, for a warning before it does.
+func (k *Keyring) NotAfter() time.Time {
+	k.current()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.notAfter
+}
+
 func (k *Keyring) current() *tls.Config {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -101,15 +111,16 @@ func (k *Keyring) current() *tls.Config {
 		return k.config
 	}
 	var config *tls.Config
+	var notAfter time.Time
 	if err == nil {
-		config, err = k.load()
+		config, notAfter, err = k.load()
 	}
 	if err != nil {
 		// The stamps stay, so that this is tried again, and said again.
 		k.log.Error("TLS files cannot be used; those read before stay in use", "error", err)
 		return k.config
 	}
-	k.config, k.stamps = config, stamps
+	k.config, k.notAfter, k.stamps = config, notAfter, stamps
 	k.log.Info("TLS files were read again")
 	return k.config
 }
@@ -130,19 +141,19 @@ func (k *Keyring) stat() ([]stamp, error) {
 	return out, nil
 }
 
-func (k *Keyring) load() (*tls.Config, error) {
+func (k *Keyring) load() (*tls.Config, time.Time, error) {
 	cert, err := readPEM(k.files.Cert)
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	key, err := readPEM(k.files.Key)
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	pair, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		// The library's error tells what does not fit, and no part of the key.
-		return nil, fmt.Errorf("read TLS files %s and %s: %w", k.files.Cert, k.files.Key, err)
+		return nil, time.Time{}, fmt.Errorf("read TLS files %s and %s: %w", k.files.Cert, k.files.Key, err)
 	}
 	config := &tls.Config{
 		MinVersion:             tls.VersionTLS13,
@@ -152,19 +163,19 @@ func (k *Keyring) load() (*tls.Config, error) {
 		ClientAuth:             k.clientAuth,
 	}
 	if len(k.files.ClientCAs) == 0 {
-		return config, nil
+		return config, pair.Leaf.NotAfter, nil
 	}
 	config.ClientCAs = x509.NewCertPool()
 	for _, p := range k.files.ClientCAs {
 		data, err := readPEM(p)
 		if err != nil {
-			return nil, err
+			return nil, time.Time{}, err
 		}
 		if !config.ClientCAs.AppendCertsFromPEM(data) {
-			return nil, fmt.Errorf("read TLS file %s: no certificate of an authority in it", p)
+			return nil, time.Time{}, fmt.Errorf("read TLS file %s: no certificate of an authority in it", p)
 		}
 	}
-	return config, nil
+	return config, pair.Leaf.NotAfter, nil
 }
 
 func readPEM(path string) ([]byte, error) {

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
@@ -50,11 +51,13 @@ func TestSecretIsReplaced(t *testing.T) {
 	keys.every = 0
 	_, tcp := serve(t, New(Config{Clients: []ClientRule{{CommonName: "a", Role: RoleController}}}), NewTransport(keys.TLS(), false))
 	pair1, pair2 := clients1.Issue(t, authtest.Leaf{CommonName: "a"}), clients2.Issue(t, authtest.Leaf{CommonName: "a"})
+	require.WithinDuration(t, time.Now().Add(time.Hour), keys.NotAfter(), time.Minute)
 	first := dial(t, tcp, credentials.NewTLS(server1.ClientTLS(t, &pair1)))
 	_, err = ask(t, first)
 	require.NoError(t, err)
 
-	publish(t, dir, "..2", server2.Issue(t, authtest.Leaf{}), clients2)
+	publish(t, dir, "..2", server2.Issue(t, authtest.Leaf{NotAfter: time.Now().Add(5 * time.Hour)}), clients2)
+	require.WithinDuration(t, time.Now().Add(5*time.Hour), keys.NotAfter(), time.Minute)
 	_, err = ask(t, dial(t, tcp, credentials.NewTLS(server2.ClientTLS(t, &pair2))))
 	require.NoError(t, err, "new keys on both sides")
 	_, err = ask(t, dial(t, tcp, credentials.NewTLS(server2.ClientTLS(t, &pair1))))

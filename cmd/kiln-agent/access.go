@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
@@ -21,7 +23,7 @@ import (
 )
 
 // newAccess makes what authenticates callers.
-func newAccess(l config.Listeners, log *slog.Logger) (*auth.Authenticator, credentials.TransportCredentials, error) {
+func newAccess(l config.Listeners, reg prometheus.Registerer, log *slog.Logger) (*auth.Authenticator, credentials.TransportCredentials, error) {
 	var rules auth.Config
 	if l.Unix != nil {
 		for _, p := range l.Unix.Peers {
@@ -51,6 +53,12 @@ func newAccess(l config.Listeners, log *slog.Logger) (*auth.Authenticator, crede
 	keys, err := auth.NewKeyring(files, l.TCP.Tokens == nil, log)
 	if err != nil {
 		return nil, nil, err
+	}
+	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "kiln_agent_tls_certificate_not_after_seconds", Help: "When the agent's certificate ends, in seconds since 1970.",
+	}, func() float64 { return float64(keys.NotAfter().Unix()) })
+	if err := reg.Register(expiry); err != nil {
+		return nil, nil, fmt.Errorf("register metrics: %w", err)
 	}
 	return auth.New(rules), auth.NewTransport(keys.TLS(), false), nil
 }

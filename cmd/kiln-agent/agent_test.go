@@ -135,6 +135,8 @@ func TestTLS(t *testing.T) {
 	require.Equal(t, codes.Unavailable, info(agentv1.NewBuildServiceClient(dial(t, tcp, credentials.NewTLS(server.ClientTLS(t, nil))))), "no certificate")
 	require.Equal(t, codes.Unavailable, info(agentv1.NewBuildServiceClient(dial(t, tcp, insecure.NewCredentials()))), "no TLS")
 	require.NotEmpty(t, p.records(t, "connection refused"))
+	_, page := p.page("/metrics")
+	require.Greater(t, metric(t, page, "kiln_agent_tls_certificate_not_after_seconds"), float64(time.Now().Unix()))
 
 	startBuild(t, a, "mine", inline("FROM scratch\nCOPY . /\n"))
 	require.Equal(t, succeeded, result(t, a, "mine").State)
@@ -252,4 +254,16 @@ func TestIdleMemory(t *testing.T) {
 	rss := metric(t, body, "process_resident_memory_bytes")
 	t.Logf("resident memory when idle: %.0f MiB", rss/(1<<20))
 	require.Less(t, rss, float64(idleGoal))
+}
+
+// TestTermDuringStart tells an agent to end while another has its root.
+func TestTermDuringStart(t *testing.T) {
+	dir := t.TempDir()
+	cfg := configure(t, dir, "", "")
+	start(t, dir, cfg)
+	cmd := command(t, "--config", cfg)
+	require.NoError(t, cmd.Start())
+	time.Sleep(time.Second)
+	require.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
+	require.NoError(t, cmd.Wait())
 }

@@ -98,7 +98,12 @@ func serve(cfg *config.Agent) error {
 		log.Error("second signal; the agent ends at once", "signal", (<-signals).String())
 		os.Exit(exitFailed)
 	}()
-	return run(ctx, cfg, log)
+	err := run(ctx, cfg, log)
+	if errors.Is(err, errSignal) {
+		log.Info("the agent was told to end before it had started", "error", err)
+		return nil
+	}
+	return err
 }
 
 // errSignal is why the agent's context ends when it is told to end.

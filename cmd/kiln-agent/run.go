@@ -17,6 +17,7 @@ import (
 	"github.com/kiln-build/kiln/agent"
 	"github.com/kiln-build/kiln/agent/config"
 	"github.com/kiln-build/kiln/agent/engine"
+	"github.com/kiln-build/kiln/agent/nodeengine"
 	"github.com/kiln-build/kiln/agent/server"
 	"github.com/kiln-build/kiln/snapshot"
 )
@@ -73,7 +74,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 
 	agentCfg := agent.Config{
 		Root: cfg.Root, Node: name, Version: version(), BuildKitVersion: moduleVersion("github.com/moby/buildkit"),
-		Sandboxes: constant(sandboxes), Engines: agent.NodeEngines(node), Policy: rules(cfg),
+		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: rules(cfg),
 		Queue: queueLimits(cfg, disk), Records: recordLimits(cfg.Records), Uploads: uploadLimits(cfg, disk),
 		Metrics: agent.NewMetrics(registry), Tracer: tracing.provider, Logger: log,
 	}
@@ -86,7 +87,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	}
 	down.add(builds.Close)
 
-	access, creds, err := newAccess(cfg.Listeners, log)
+	access, creds, err := newAccess(cfg.Listeners, registry, log)
 	if err != nil {
 		return err
 	}
