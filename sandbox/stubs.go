@@ -33,10 +33,31 @@ type Stubs struct {
 // A destination that leads through a symlink is left alone: what the runtime
 // makes at the other end stays in the layer.
 func RecordStubs(root Tree, destinations []string) *Stubs {
-	s := &Stubs{writable: root.Upper, parents: map[string]time.Time{}}
 	layers := append([]string{root.Upper}, root.Lower...)
 	if root.Dir != "" {
-		s.writable, layers = root.Dir, []string{root.Dir}
+		layers = []string{root.Dir}
+	}
+	return recordStubs(root, destinations, func(p string) (fs.FileInfo, bool) { return lookup(layers, p) })
+}
+
+// RecordStubsIn is RecordStubs for a root that is mounted at rootfs, where nothing is
+// mounted over it yet. It need not look through all layers.
+func RecordStubsIn(rootfs string, root Tree, destinations []string) (*Stubs, error) {
+	r, err := os.OpenRoot(rootfs)
+	if err != nil {
+		return nil, fmt.Errorf("open root: %w", err)
+	}
+	defer r.Close()
+	return recordStubs(root, destinations, func(p string) (fs.FileInfo, bool) {
+		st, err := r.Lstat(p)
+		return st, err == nil
+	}), nil
+}
+
+func recordStubs(root Tree, destinations []string, lookup func(string) (fs.FileInfo, bool)) *Stubs {
+	s := &Stubs{writable: root.Upper, parents: map[string]time.Time{}}
+	if root.Dir != "" {
+		s.writable = root.Dir
 	}
 	seen := map[string]bool{}
 	for _, dest := range append(append([]string{}, runtimeMountPoints...), destinations...) {
@@ -46,7 +67,7 @@ func RecordStubs(root Tree, destinations []string) *Stubs {
 			if seen[p] {
 				continue
 			}
-			st, ok := lookup(layers, p)
+			st, ok := lookup(p)
 			if ok && st.Mode()&fs.ModeSymlink != 0 {
 				break
 			}
@@ -56,7 +77,7 @@ func RecordStubs(root Tree, destinations []string) *Stubs {
 			seen[p] = true
 			s.missing = append(s.missing, p)
 			parent := path.Dir(p)
-			if pst, ok := lookup(layers, parent); ok {
+			if pst, ok := lookup(parent); ok {
 				s.parents[parent] = pst.ModTime()
 			}
 		}

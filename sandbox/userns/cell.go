@@ -269,11 +269,7 @@ func (r *Runtime) discard(c *cell) error {
 
 // makeCgroup makes the cgroup of a cell and opens it.
 func (r *Runtime) makeCgroup(name string) (*os.File, error) {
-	parent := r.cgroupDir(r.cgroupParent())
-	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup of sandboxes: %w", err)
-	}
-	dir := filepath.Join(parent, name)
+	dir := filepath.Join(r.cgroupDir(r.cgroupParent()), name)
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -127,6 +128,24 @@ func TestStepHasNothingOfOurs(t *testing.T) {
 		unshare -m true 2>&1 | grep -c 'not permitted'`)
 	root := "bin dev etc jail proc sys tmp "
 	require.Equal(t, "4\n0\n/bin/busybox\n1\n0\nbin "+root+root+"1\n1\n1\n", out, "ls has a descriptor of its own")
+}
+
+// TestDevicesAreLimited puts a process of the node into the cgroup of a sandbox, as a
+// step has no device nodes to try.
+func TestDevicesAreLimited(t *testing.T) {
+	r := newRuntime(t)
+	procs := fmt.Sprintf("/sys/fs/cgroup/unified%s/%s/cgroup.procs", r.cgroupParent(), waiting(t, r)[0].name)
+	if _, err := os.Stat(procs); err != nil {
+		procs = strings.Replace(procs, "/unified", "", 1)
+	}
+	dir := openDir(t)
+	require.NoError(t, unix.Mknod(filepath.Join(dir, "disk"), unix.S_IFBLK|0o600, int(unix.Mkdev(1, 3))))
+	out, err := exec.Command("/bin/sh", "-c", "echo $$ > "+procs+`
+		for d in /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/ptmx; do : < $d || echo no $d; done
+		for d in /dev/kmsg /dev/mem /dev/net/tun /dev/fuse `+dir+`/disk; do test ! -e $d || (: < $d) 2>&1 | grep -q 'not permitted' || echo $d; done
+		mknod `+dir+`/made c 1 3; : < `+dir+`/made`).CombinedOutput()
+	require.NoError(t, err)
+	require.Empty(t, string(out))
 }
 
 func TestSandboxThatWasKilledServesNoStep(t *testing.T) {

@@ -116,6 +116,12 @@ func cgroup2() (*os.File, error) {
 // cgroupDir returns the directory of a cgroup.
 func (r *Runtime) cgroupDir(name string) string { return filepath.Join(pathOf(r.cgroups), name) }
 
+// removeCgroups removes the cgroups around those of sandboxes.
+func (r *Runtime) removeCgroups() {
+	r.removeCgroup(r.cgroupParent())
+	r.removeCgroup(r.cfg.CgroupParent)
+}
+
 // removeCgroup removes an empty cgroup. One that is in use stays, which is what
 // its user wants.
 func (r *Runtime) removeCgroup(name string) { _ = unix.Rmdir(r.cgroupDir(name)) }

@@ -36,6 +36,7 @@ type running struct {
 	step *sandbox.Step
 	// mounts are those of the step's trees, the root first.
 	mounts []*stepfs.Detached
+	stubs  *sandbox.Stubs
 
 	// mu guards what follows. It is held for reading while another process of the
 	// step is being started.
@@ -52,6 +53,28 @@ func (r *running) open(c *cell, tree sandbox.Tree, opts stepfs.Options) (*stepfs
 		r.mounts = append(r.mounts, m)
 	}
 	return m, err
+}
+
+// recordStubs notes which mount points will have to be made in the root, which is
+// mounted at rootfs.
+func (r *running) recordStubs(rootfs string) (err error) {
+	if r.step.ReadonlyRoot {
+		return nil
+	}
+	destinations := make([]string, len(r.step.Mounts))
+	for i, m := range r.step.Mounts {
+		destinations[i] = m.Destination
+	}
+	r.stubs, err = sandbox.RecordStubsIn(rootfs, r.step.Root, destinations)
+	return err
+}
+
+// removeStubs removes the mount points that were made.
+func (r *running) removeStubs() error {
+	if r.stubs == nil {
+		return nil
+	}
+	return r.stubs.Remove()
 }
 
 // close closes the descriptors of the mounts.
@@ -101,13 +124,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 		return nil, fmt.Errorf("make step directory: %w", err)
 	}
 	owned.add(func() error { return removeStepDir(dir) })
-	if !step.ReadonlyRoot {
-		destinations := make([]string, len(step.Mounts))
-		for i, m := range step.Mounts {
-			destinations[i] = m.Destination
-		}
-		owned.add(sandbox.RecordStubs(step.Root, destinations).Remove)
-	}
+	owned.add(run.removeStubs)
 	owned.add(run.settle)
 	c, err := r.take(ctx, step.Network)
 	if err != nil {
@@ -185,6 +202,9 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 	}
 	rootfs := pathOf(root.File)
 	run.facts = r.facts.of(step.Root, rootfs)
+	if err := run.recordStubs(rootfs); err != nil {
+		return nil, err
+	}
 	e := entry{root: root, readonly: step.ReadonlyRoot, hostname: step.Hostname, shmSize: step.ShmSize, cwd: step.Process.Cwd}
 	if e.hostname == "" {
 		e.hostname = sandbox.DefaultHostname

@@ -142,6 +142,18 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	if err := r.recover(); err != nil {
 		return nil, fmt.Errorf("clean up after a former process: %w", err)
 	}
+	parent := r.cgroupDir(r.cgroupParent())
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup of sandboxes: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			r.removeCgroups()
+		}
+	}()
+	if err := limitDevices(parent); err != nil {
+		return nil, err
+	}
 	if r.zygote, err = newZygote(roomDir(cfg)); err != nil {
 		return nil, err
 	}
@@ -163,8 +175,7 @@ func (r *Runtime) Close() error {
 	errs := []error{r.pool.close()}
 	r.background.Wait()
 	r.zygote.close()
-	r.removeCgroup(r.cgroupParent())
-	r.removeCgroup(r.cfg.CgroupParent)
+	r.removeCgroups()
 	r.mu.Lock()
 	errs = append(errs, r.failed)
 	r.mu.Unlock()
