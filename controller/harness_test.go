@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,9 +20,10 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
 
 	"github.com/kiln-build/kiln/api/build/v1alpha1"
 	"github.com/kiln-build/kiln/controller/agenttwin"
@@ -69,6 +72,36 @@ func prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	for _, file := range []string{"rbac-users.yaml", "rbac-controller.yaml", "rbac-agent.yaml"} {
+		if err := apply(ctx, file, "", ""); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// apply applies a file of deploy/base with a string replaced.
+func apply(ctx context.Context, file, old, replacement string) error {
+	data, err := os.ReadFile(filepath.Join(testcluster.Root(), "deploy", "base", file))
+	if err != nil {
+		return err
+	}
+	if old != "" {
+		data = []byte(strings.ReplaceAll(string(data), old, replacement))
+	}
+	for _, doc := range strings.Split(string(data), "\n---\n") {
+		o := &unstructured.Unstructured{}
+		if err := yaml.Unmarshal([]byte(doc), &o.Object); err != nil {
+			return fmt.Errorf("%s: %w", file, err)
+		}
+		switch o.GetKind() {
+		case "ServiceAccount", "Role", "RoleBinding":
+			o.SetNamespace("kiln-system")
+		}
+		if err := api.Apply(ctx, client.ApplyConfigurationFromUnstructured(o), client.FieldOwner("test"), client.ForceOwnership); err != nil {
+			return fmt.Errorf("%s: %w", file, err)
+		}
+	}
 	return nil
 }
 
@@ -103,12 +136,12 @@ type running struct {
 }
 
 // runController runs a controller until the test ends or stop is called.
+//
+// It has the rights that deploy/base gives it, and no other.
 func runController(t *testing.T, cfg *config.Controller) *running {
-	return runControllerAs(t, cfg, cluster.Config)
-}
-
-func runControllerAs(t *testing.T, cfg *config.Controller, restConfig *rest.Config) *running {
 	t.Helper()
+	restConfig, err := cluster.User("system:serviceaccount:kiln-system:kiln-controller", "system:serviceaccounts", "system:serviceaccounts:kiln-system")
+	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	level := slog.LevelError
 	if os.Getenv("KILN_TEST_LOG") != "" {
