@@ -40,11 +40,14 @@ type cell struct {
 // has IDs to own it with, and its cgroup namespace when it is in its cgroup.
 const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWUTS
 
+// sandboxPrefix starts the names of the cgroups of cells.
+const sandboxPrefix = "sandbox-"
+
 // newCell makes a cell with a network of the given mode.
 func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode) (_ *cell, err error) {
 	r.mu.Lock()
 	r.cells++
-	c := &cell{name: fmt.Sprint("sandbox-", r.cells)}
+	c := &cell{name: fmt.Sprint(sandboxPrefix, r.cells)}
 	r.mu.Unlock()
 	defer func() {
 		if err != nil {

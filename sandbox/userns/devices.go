@@ -23,12 +23,7 @@ var allowedDevices = []device{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5
 
 // limitDevices lets the processes of a cgroup, and of all below it, open allowedDevices
 // only.
-func limitDevices(cgroup string) error {
-	dir, err := os.Open(cgroup)
-	if err != nil {
-		return fmt.Errorf("open cgroup of sandboxes: %w", err)
-	}
-	defer dir.Close()
+func limitDevices(cgroup *os.File) error {
 	prog := deviceProgram(allowedDevices)
 	license := []byte("Apache-2.0\x00")
 	load := struct {
@@ -47,7 +42,7 @@ func limitDevices(cgroup string) error {
 	}
 	defer unix.Close(int(fd))
 	attach := struct{ target, prog, kind, flags, replace, pad uint32 }{
-		target: uint32(dir.Fd()), prog: uint32(fd), kind: unix.BPF_CGROUP_DEVICE, flags: unix.BPF_F_ALLOW_MULTI,
+		target: uint32(cgroup.Fd()), prog: uint32(fd), kind: unix.BPF_CGROUP_DEVICE, flags: unix.BPF_F_ALLOW_MULTI,
 	}
 	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_ATTACH, uintptr(unsafe.Pointer(&attach)), unsafe.Sizeof(attach)); errno != 0 {
 		return fmt.Errorf("attach device filter: %w", errno)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -41,21 +42,102 @@ func removeStepDir(dir string) error {
 	return nil
 }
 
-// recover removes what a killed process left in the state directory: its mounts,
-// and by that its files, and its steps with their cgroups.
+// recover removes what killed processes left: sandboxes with their cgroups, of this
+// state directory, and of others that nobody has opened again.
 func (r *Runtime) recover() error {
-	entries, err := os.ReadDir(r.cgroupDir(r.cgroupParent()))
+	dir, own := r.cgroupDir(r.cfg.CgroupParent), path.Base(r.cgroupParent())
+	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read cgroups of former steps: %w", err)
+		return fmt.Errorf("read cgroups of former sandboxes: %w", err)
 	}
 	for _, e := range entries {
-		if e.IsDir() && sandbox.ValidID(e.Name()) {
-			cgroup := path.Join(r.cgroupParent(), e.Name())
-			r.killCgroup(cgroup)
-			r.removeCgroup(cgroup)
+		if !e.IsDir() || !cgroupName.MatchString(e.Name()) {
+			continue
+		}
+		// Who has sandboxes holds a lock.
+		lock, err := lockDir(filepath.Join(dir, e.Name()), unix.LOCK_NB)
+		if err != nil {
+			return err
+		}
+		if lock != nil {
+			r.removeSandboxes(path.Join(r.cfg.CgroupParent, e.Name()), e.Name() == own)
+			lock.Close()
 		}
 	}
 	return nil
+}
+
+// cgroupName matches the cgroup of a runtime's sandboxes.
+var cgroupName = regexp.MustCompile("^[0-9a-f]{12}$")
+
+// removeSandboxes ends the sandboxes in a cgroup and removes it. If it is not our own,
+// it must hold nothing but sandboxes.
+func (r *Runtime) removeSandboxes(parent string, own bool) {
+	entries, err := os.ReadDir(r.cgroupDir(parent))
+	if err != nil {
+		return // it is gone
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() && (own || strings.HasPrefix(e.Name(), sandboxPrefix)) {
+			names = append(names, e.Name())
+		} else if e.IsDir() {
+			return
+		}
+	}
+	for _, name := range names {
+		r.killCgroup(path.Join(parent, name))
+		r.removeCgroup(path.Join(parent, name))
+	}
+	r.removeCgroup(parent)
+}
+
+// claimCgroup makes the cgroup of our sandboxes and locks it for as long as the file is
+// open.
+func (r *Runtime) claimCgroup() (*os.File, error) {
+	dir := r.cgroupDir(r.cgroupParent())
+	for range 100 {
+		// Another process may be removing the one above it.
+		if err := os.MkdirAll(dir, 0o755); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("make cgroup of sandboxes: %w", err)
+		}
+		lock, err := lockDir(dir, 0)
+		if err != nil {
+			return nil, err
+		}
+		if lock == nil {
+			continue
+		}
+		// Another process may have taken it for one that was left.
+		now, err := os.Stat(dir)
+		locked, lerr := lock.Stat()
+		if err == nil && lerr == nil && os.SameFile(now, locked) {
+			return lock, nil
+		}
+		lock.Close()
+	}
+	return nil, fmt.Errorf("make cgroup of sandboxes: something else of the node removes %s", r.cgroupParent())
+}
+
+// lockDir locks a directory. It returns nil when it is not there, or when someone else
+// has locked it and how does not ask to wait.
+func lockDir(dir string, how int) (*os.File, error) {
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup of sandboxes: %w", err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|how)
+	if err == nil {
+		return f, nil
+	}
+	f.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, nil
+	}
+	return nil, fmt.Errorf("lock cgroup of sandboxes: %w", err)
 }
 
 // cgroupParent is the cgroup of the steps of this runtime. Its name comes from the

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -129,4 +130,29 @@ func TestRecoverAfterKill(t *testing.T) {
 	require.Len(t, alive(pids), 1, "the step")
 	recovered(t, cfg)
 	require.Empty(t, alive(pids))
+}
+
+func TestOtherStateDirectories(t *testing.T) {
+	census(t)
+	dir := openDir(t)
+	require.NoError(t, os.Symlink(busybox(t), filepath.Join(dir, "root")))
+	living, err := New(context.Background(), testConfig(filepath.Join(dir, "living")))
+	require.NoError(t, err)
+	cells := waiting(t, living)
+	cfg := testConfig(filepath.Join(dir, "state"))
+	pids := kill(t, dir, cfg)
+	require.Eventually(t, func() bool { return len(alive(pids)) == len(cells) }, 5*time.Second, 10*time.Millisecond)
+
+	other, err := New(context.Background(), testConfig(filepath.Join(dir, "other")))
+	require.NoError(t, err)
+	left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*"))
+	require.NoError(t, err)
+	left = slices.DeleteFunc(left, func(p string) bool { st, err := os.Stat(p); return err != nil || !st.IsDir() })
+	require.Len(t, left, 2, "those of the runtimes that live")
+	for _, c := range cells {
+		require.True(t, c.alive())
+	}
+	require.NoError(t, other.Close())
+	require.Equal(t, "ok\n", sh(t, living, "echo ok"))
+	require.NoError(t, living.Close())
 }

@@ -67,8 +67,9 @@ type Runtime struct {
 	lock   *os.File
 	zygote *zygote
 	ranges *ranges
-	// cgroups is a mount of the unified cgroup hierarchy.
-	cgroups *os.File
+	// cgroups is a mount of the unified cgroup hierarchy, and claim the cgroup in
+	// it that is ours.
+	cgroups, claim *os.File
 	// template is the spec of a step, of which sandboxes are made.
 	template *specs.Spec
 	filters  *filters
@@ -142,16 +143,16 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	if err := r.recover(); err != nil {
 		return nil, fmt.Errorf("clean up after a former process: %w", err)
 	}
-	parent := r.cgroupDir(r.cgroupParent())
-	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup of sandboxes: %w", err)
+	if r.claim, err = r.claimCgroup(); err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
 			r.removeCgroups()
+			r.claim.Close()
 		}
 	}()
-	if err := limitDevices(parent); err != nil {
+	if err := limitDevices(r.claim); err != nil {
 		return nil, err
 	}
 	if r.zygote, err = newZygote(roomDir(cfg)); err != nil {
@@ -179,7 +180,7 @@ func (r *Runtime) Close() error {
 	r.mu.Lock()
 	errs = append(errs, r.failed)
 	r.mu.Unlock()
-	return errors.Join(append(errs, r.cgroups.Close(), unmountState(memDir(r.cfg)), r.ranges.close(), r.lock.Close())...)
+	return errors.Join(append(errs, r.claim.Close(), r.cgroups.Close(), unmountState(memDir(r.cfg)), r.ranges.close(), r.lock.Close())...)
 }
 
 // discardLater releases the sandbox of a step that is over.
