@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/moby/buildkit/util/resolver"
+	"github.com/tonistiigi/fsutil/copy"
+	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/snapshot"
 	"github.com/kiln-build/kiln/snapshot/nodestore"
@@ -65,11 +67,13 @@ type Node struct {
 
 // OpenNode opens the state in cfg.Root. It sets TMPDIR of this process to a
 // directory below it, so that nothing that a killed process had there outlives
-// the next OpenNode.
+// the next OpenNode, and its umask to 0: what is in a layer has the mode that the
+// build says.
 func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 	if cfg.Root, err = checkedRoot(cfg.Root); err != nil {
 		return nil, err
 	}
+	zeroUmask()
 	n := &Node{cfg: cfg, engines: map[Domain]*openEngine{}}
 	if n.frontends, err = newFrontendPolicy(cfg.Frontends); err != nil {
 		return nil, err
@@ -125,6 +129,12 @@ func checkedRoot(root string) (string, error) {
 	}
 	return abs, nil
 }
+
+// zeroUmask is called once: BuildKit reads the variable without a lock.
+var zeroUmask = sync.OnceFunc(func() {
+	unix.Umask(0)
+	copy.UmaskIsZero = true
+})
 
 func freshTempDir(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {

@@ -161,7 +161,8 @@ func ParseOutputs(values []string, stdout Stdout) ([]client.ExportEntry, bool, e
 				return nil, false, fmt.Errorf("invalid output %q: %w", s, err)
 			}
 			e.Output = func(map[string]string) (io.WriteCloser, error) {
-				f, err := os.Create(o.dest)
+				// The umask is that of layers by now.
+				f, err := os.OpenFile(o.dest, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o644)
 				if err != nil {
 					return nil, fmt.Errorf("write output: %w", err)
 				}
