@@ -19,5 +19,5 @@
 // Other events are written at once and not synced: they survive the end of the
 // process, but not all of them a loss of power.
 //
-// Lock order: Writer.mu, Store.mu, eventLog.mu.
+// Lock order: Writer.mu, Store.mu, transactions of the index, eventLog.mu.
 package record

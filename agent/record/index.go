@@ -135,7 +135,8 @@ func (s *Store) List(q Query) (page []*agentv1.Build, next string, err error) {
 	if err != nil || len(before) > 0 && len(before) < 8 || len(before) > 8+2*64 {
 		return nil, "", ErrPageToken
 	}
-	live := s.writers()
+	// Not in the transaction: a writer may wait for the index.
+	live := s.live(q.Tenant)
 	err = s.db.View(func(tx *bolt.Tx) error {
 		builds, size := tx.Bucket(bucketBuilds), 0
 		c := tx.Bucket(bucketByTime).Cursor()
@@ -179,7 +180,7 @@ func seekBefore(c *bolt.Cursor, before []byte) []byte {
 }
 
 // listed returns the build of key, or nil when q does not select it.
-func (s *Store) listed(builds *bolt.Bucket, live map[Key]*Writer, q Query, name []byte) (*agentv1.Build, error) {
+func (s *Store) listed(builds *bolt.Bucket, live map[Key]*agentv1.Build, q Query, name []byte) (*agentv1.Build, error) {
 	if q.Tenant != "" && !strings.HasPrefix(string(name), q.Tenant+"/") {
 		return nil, nil
 	}
@@ -187,11 +188,11 @@ func (s *Store) listed(builds *bolt.Bucket, live map[Key]*Writer, q Query, name 
 	if err != nil {
 		return nil, err
 	}
-	var b *agentv1.Build
-	if w := live[key]; w != nil {
-		b = w.Build()
-	} else if b, err = decodeBuild(builds.Get(name)); err != nil {
-		return nil, fmt.Errorf("list build %s: %w", name, err)
+	b := live[key]
+	if b == nil {
+		if b, err = decodeBuild(builds.Get(name)); err != nil {
+			return nil, fmt.Errorf("list build %s: %w", name, err)
+		}
 	}
 	if !q.matches(b) {
 		return nil, nil
@@ -199,15 +200,19 @@ func (s *Store) listed(builds *bolt.Bucket, live map[Key]*Writer, q Query, name 
 	return b, nil
 }
 
-// writers returns the writers of all builds that have not ended.
-func (s *Store) writers() map[Key]*Writer {
+// live returns the builds that have not ended, of a tenant or of all.
+func (s *Store) live(tenant string) map[Key]*agentv1.Build {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	live := map[Key]*Writer{}
+	var writers []*Writer
 	for k, e := range s.index {
-		if e.writer != nil {
-			live[k] = e.writer
+		if e.writer != nil && (tenant == "" || k.Tenant == tenant) {
+			writers = append(writers, e.writer)
 		}
+	}
+	s.mu.Unlock()
+	live := make(map[Key]*agentv1.Build, len(writers))
+	for _, w := range writers {
+		live[w.key] = w.Build()
 	}
 	return live
 }

@@ -306,3 +306,33 @@ func TestScopes(t *testing.T) {
 	_, ok = s.Scope("a", "x")
 	require.False(t, ok)
 }
+
+// TestListWhileBuildsEnd lists while the index grows under it.
+func TestListWhileBuildsEnd(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 200 {
+			b := build("a", id(i))
+			b.Spec.Labels["x"] = strings.Repeat("x", 50<<10)
+			w, err := s.Create(b)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := w.Finish(succeeded()); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for {
+		_, _, err := s.List(Query{PageSize: 1000, PageBytes: 1 << 30})
+		require.NoError(t, err)
+		select {
+		case <-done:
+			return
+		default:
+		}
+	}
+}
