@@ -11,7 +11,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/moby/buildkit/util/resolver"
-	"github.com/tonistiigi/fsutil/copy"
+	fscopy "github.com/tonistiigi/fsutil/copy"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/snapshot"
@@ -133,7 +133,7 @@ func checkedRoot(root string) (string, error) {
 // zeroUmask is called once: BuildKit reads the variable without a lock.
 var zeroUmask = sync.OnceFunc(func() {
 	unix.Umask(0)
-	copy.UmaskIsZero = true
+	fscopy.UmaskIsZero = true
 })
 
 func freshTempDir(dir string) error {
