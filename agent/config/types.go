@@ -179,6 +179,16 @@ type Tenants struct {
 	Defaults Policy `json:"defaults"`
 	// Overrides are by tenant; a field that is set replaces that of Defaults.
 	Overrides map[string]Policy `json:"overrides,omitempty"`
+	// SandboxPolicies has the cluster's SandboxPolicies hold too, whose namespaces are
+	// the tenants; unset: only what is written here holds.
+	SandboxPolicies *SandboxPolicies `json:"sandboxPolicies,omitempty"`
+}
+
+// SandboxPolicies are objects of the Kubernetes API server. Until they have been read
+// every build is refused.
+type SandboxPolicies struct {
+	// Kubeconfig reaches the API server; empty: as a Pod does.
+	Kubeconfig string `json:"kubeconfig,omitempty"`
 }
 
 // Policy is what the builds of a tenant may do.

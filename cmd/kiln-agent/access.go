@@ -96,7 +96,7 @@ func listen(ctx context.Context, l config.Listeners) (_ []net.Listener, err erro
 
 // pickEngine chooses the engine that serves a call of BuildKit's API: that of the
 // caller's tenant and the tenant's default class of sandbox.
-func pickEngine(cfg *config.Agent, node *engine.Node, infos []*agentv1.SandboxInfo, log *slog.Logger) engine.Pick {
+func pickEngine(cfg *config.Agent, cluster clusterRules, node *engine.Node, infos []*agentv1.SandboxInfo, log *slog.Logger) engine.Pick {
 	return func(ctx context.Context) (*engine.Engine, func(), error) {
 		id, ok := auth.FromContext(ctx)
 		if !ok {
@@ -110,7 +110,11 @@ func pickEngine(cfg *config.Agent, node *engine.Node, infos []*agentv1.SandboxIn
 		if ok, why := policy.AllowsBuildKit(); !ok {
 			return nil, nil, status.Errorf(codes.PermissionDenied, "tenant %q may not use BuildKit's clients: %s; use kiln, or have it allowed with buildKitClients", tenant, why)
 		}
-		class := sandbox.Class(policy.DefaultSandbox)
+		required, err := buildKitClass(cluster(tenant), policy.DefaultSandbox)
+		if err != nil {
+			return nil, nil, err
+		}
+		class := sandbox.Class(required)
 		for _, i := range infos {
 			if i.Class == classNumber(class) && !i.Available {
 				return nil, nil, status.Errorf(codes.FailedPrecondition, "sandbox %s does not work on this node: %s", class, i.Problem)

@@ -72,9 +72,14 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	}
 	down.add(node.Close)
 
+	cluster, stopFollowing, err := followPolicies(cfg)
+	if err != nil {
+		return err
+	}
+	down.add(stopFollowing)
 	agentCfg := agent.Config{
 		Root: cfg.Root, Node: name, Version: version(), BuildKitVersion: moduleVersion("github.com/moby/buildkit"),
-		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: rules(cfg),
+		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: withCluster(rules(cfg), cluster),
 		Queue: queueLimits(cfg, disk), Records: recordLimits(cfg.Records), Uploads: uploadLimits(cfg, disk),
 		Metrics: agent.NewMetrics(registry), Tracer: tracing.provider, Logger: log,
 	}
@@ -92,7 +97,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 		return err
 	}
 	srv, err := server.New(server.Config{
-		Builds: builds, BuildKit: engine.Proxy(pickEngine(cfg, node, sandboxes, log)),
+		Builds: builds, BuildKit: engine.Proxy(pickEngine(cfg, cluster, node, sandboxes, log)),
 		Auth: access, Credentials: creds, Log: log, Metrics: registry, Tracer: tracing.provider,
 	})
 	if err != nil {
