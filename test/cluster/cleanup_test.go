@@ -40,6 +40,9 @@ func takeCensus(t *testing.T, dir string) {
 // leave on a machine. Other tests may be at work on it, so no other name counts.
 var traces = regexp.MustCompile(`kube|containerd|\bcni|\bnri|\bcdi|etcd|coredns|^(pods|containers|netns)$`)
 
+// mountTraces matches the lines of such mounts.
+var mountTraces = regexp.MustCompile(`/kubelet/|(/run|/var/lib)/(containerd|kiln-cluster)/|/netns/cni-`)
+
 // census lists what a cluster with this state directory may leave: files, mounts,
 // network devices (with their routes), packet-filter tables, kernel settings, cgroups,
 // processes and namespaces.
@@ -67,7 +70,7 @@ func census(t *testing.T, dir string) []string {
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	require.NoError(t, err)
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, dir) || traces.MatchString(line) {
+		if strings.Contains(line, dir) || mountTraces.MatchString(line) {
 			out = append(out, "mount "+line)
 		}
 	}

@@ -45,6 +45,9 @@ func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	if err == nil {
 		return c, nil
 	}
+	if ctx.Err() != nil && !errors.Is(err, context.Cause(ctx)) {
+		err = errors.Join(context.Cause(ctx), err) // err is what the end of ctx led to
+	}
 	err = fmt.Errorf("start cluster: %w", err)
 	clean, cancelClean := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancelClean()
