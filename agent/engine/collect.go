@@ -101,7 +101,8 @@ func (n *Node) Collect(ctx context.Context) error {
 		excess = max(excess, total-bounds.MaxUsedSpace)
 	}
 	if stat, err := disk.GetDiskStat(n.cfg.Root); err == nil && bounds.MinFreeSpace > 0 {
-		excess = max(excess, bounds.MinFreeSpace-stat.Available)
+		// What is reserved stays, whoever fills the disk.
+		excess = max(excess, min(bounds.MinFreeSpace-stat.Available, total-bounds.ReservedSpace))
 	}
 	if excess <= 0 || total == 0 {
 		return nil

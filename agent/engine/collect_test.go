@@ -58,3 +58,32 @@ func TestCollectBoundsAllDomainsTogether(t *testing.T) {
 	_, err = os.Stat(filepath.Join(n.cfg.Root, "domains", "a"))
 	require.NoError(t, err)
 }
+
+// TestCollectKeepsWhatIsReserved has a disk that is too full for reasons that are not
+// the cache's.
+func TestCollectKeepsWhatIsReserved(t *testing.T) {
+	t.Setenv("TMPDIR", os.TempDir())
+	n, err := OpenNode(context.Background(), NodeConfig{Root: t.TempDir(), Space: Space{Reserved: 1 << 30, MinFree: 1 << 60}})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, n.Close()) }()
+	n.collector.stop()
+	def, err := llb.Scratch().File(llb.Mkfile("/kept", 0o644, make([]byte, 1<<20))).Marshal(context.Background(), llb.LinuxAmd64)
+	require.NoError(t, err)
+	d := Domain{Tenant: "a", Sandbox: sandbox.Userns}
+	records := func() (count int) {
+		require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+			all, err := c.DiskUsage(context.Background())
+			count = len(all)
+			return err
+		}))
+		return count
+	}
+	require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+		_, err := c.Solve(context.Background(), def, client.SolveOpt{}, nil)
+		return err
+	}))
+	before := records()
+	require.NotZero(t, before)
+	require.NoError(t, n.Collect(context.Background()))
+	require.Equal(t, before, records())
+}
