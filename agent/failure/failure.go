@@ -91,6 +91,7 @@ var (
 	pulls   = regexp.MustCompile(`load metadata for |\] FROM |^(docker-image|oci-layout)://|^resolve image config|^importing cache`)
 	sources = regexp.MustCompile(`^\[internal\] load (git source|remote build context)|^(git|https?|ssh)://|^\[source\]|^git@`)
 	copies  = regexp.MustCompile(`\] (COPY|ADD) `)
+	runs    = regexp.MustCompile(`\] RUN |^\[step `)
 )
 
 // byStep tells the reason by the kind of step, or 0.
@@ -104,6 +105,13 @@ func byStep(name, text string) agentv1.FailureReason {
 		return agentv1.FailureReason_FAILURE_REASON_SOURCE
 	case copies.MatchString(name) && containsAny(text, "not found", "no such file", "failed to calculate checksum", "failed to compute cache key"):
 		return agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT
+	case runs.MatchString(name) && containsAny(text, "failed to calculate checksum", "failed to compute cache key"):
+		return agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT
+	case runs.MatchString(name) && containsAny(text, "executable file not found", "no such file or directory", "permission denied"):
+		return agentv1.FailureReason_FAILURE_REASON_STEP_FAILED
+	case runs.MatchString(name):
+		// Its process could not be run: that is no fault of the Dockerfile's line.
+		return agentv1.FailureReason_FAILURE_REASON_INTERNAL
 	}
 	return 0
 }

@@ -60,6 +60,9 @@ func TestReasons(t *testing.T) {
 		{"a file that is not there", errors.New(`failed to calculate checksum of ref x: "/nope": not found`), failedStep("[1/1] COPY nope /"), agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT},
 		{"syntax", solver.WithSource(errors.New("unknown instruction: FORM"), &solver.Source{}), nil, agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT},
 		{"argument", status.Error(codes.InvalidArgument, "bad"), nil, agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT},
+		{"a program that is not there", solver.WithSource(solver.WrapVertex(errors.New("exec: \"/nope\": no such file or directory"), d), &solver.Source{}), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
+		{"a mount of a file that is not there", solver.WithSource(solver.WrapVertex(errors.New("failed to calculate checksum of ref x: not found"), d), &solver.Source{}), run, agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT},
+		{"a sandbox that does not start", solver.WithSource(solver.WrapVertex(errors.New("start the sandbox: EOF"), d), &solver.Source{}), run, agentv1.FailureReason_FAILURE_REASON_INTERNAL},
 		{"anything else", errors.New("panic in the engine"), nil, agentv1.FailureReason_FAILURE_REASON_INTERNAL},
 	}
 	for _, tt := range tests {
