@@ -103,6 +103,7 @@ type Agent struct {
 	jobs     map[record.Key]*job // guarded by mu; builds that have not ended
 	draining bool                // guarded by mu
 	working  sync.WaitGroup      // builds, and what the agent does besides; grows under mu and not when draining
+	closing  chan struct{}       // closed by the first Drain
 	ended    chan struct{}       // closed by Close; ends the janitor
 	janitor  sync.WaitGroup
 }
@@ -116,7 +117,7 @@ func New(cfg Config) (_ *Agent, err error) {
 	if cfg, err = cfg.withDefaults(); err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, started: cfg.Now(), jobs: map[record.Key]*job{}, ended: make(chan struct{})}
+	a := &Agent{cfg: cfg, started: cfg.Now(), jobs: map[record.Key]*job{}, closing: make(chan struct{}), ended: make(chan struct{})}
 	a.base, a.stop = context.WithCancelCause(context.Background())
 	a.records, err = record.Open(filepath.Join(cfg.Root, "builds"), record.Options{Limits: cfg.Records, Now: cfg.Now, Logger: cfg.Logger})
 	if err != nil {
@@ -134,9 +135,9 @@ func New(cfg Config) (_ *Agent, err error) {
 
 // newRunner puts together what a build goes through, from the outside in.
 func (a *Agent) newRunner() runner {
-	var r runner = &solver{cfg: a.cfg}
+	var r runner = &solver{cfg: a.cfg, patience: patience}
 	r = &limited{next: r}
-	r = &queued{next: r, log: a.cfg.Logger}
+	r = &queued{next: r, log: a.cfg.Logger, closing: a.closing}
 	r = &guarded{next: r, log: a.cfg.Logger}
 	r = &traced{next: r, tracer: a.cfg.Tracer.Tracer("github.com/kiln-build/kiln/agent")}
 	if a.cfg.Metrics != nil {
@@ -184,13 +185,16 @@ func (a *Agent) Draining() bool {
 	return a.draining
 }
 
-// Drain refuses new builds with UNAVAILABLE and lets those that run or wait end,
-// until ctx does: then they end as interrupted, with their results on disk. It
-// returns when no build is left, nil when all have ended by themselves. Other calls
+// Drain refuses new builds with UNAVAILABLE, ends those that wait as interrupted, so
+// that they can start elsewhere, and lets those that run go on until ctx ends: then
+// they end as interrupted too. All results are on disk when it returns. It returns when no build is left, nil when all have ended by themselves. Other calls
 // are served until Close.
 func (a *Agent) Drain(ctx context.Context) error {
 	a.mu.Lock()
-	a.draining = true
+	if !a.draining {
+		a.draining = true
+		close(a.closing)
+	}
 	a.mu.Unlock()
 	idle := make(chan struct{})
 	go func() {

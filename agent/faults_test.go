@@ -150,7 +150,10 @@ func TestDrain(t *testing.T) {
 	require.Eventually(t, a.Draining, time.Second, time.Millisecond)
 	_, err := c.StartBuild(ctx, &agentv1.StartBuildRequest{BuildId: "late", Spec: agenttest.Dockerfile("FROM scratch")})
 	require.Equal(t, codes.Unavailable, status.Code(err), "%v", err)
-	release <- struct{}{} // one of them ends well, and the third starts
+	waiting := agenttest.CheckEvents(t, agenttest.Watch(t, ctx, c, "b2", 0), 0)
+	require.Equal(t, agentv1.BuildState_BUILD_STATE_INTERRUPTED, waiting.GetState())
+	require.Contains(t, waiting.GetFailure().GetMessage(), "never started")
+	release <- struct{}{} // one of those that run ends well
 	cancel()
 	require.ErrorIs(t, <-drained, context.Canceled)
 	states := map[agentv1.BuildState]int{}

@@ -43,12 +43,16 @@ func (g *guarded) Run(ctx context.Context, j *job) (result *agentv1.BuildResult)
 type queued struct {
 	next runner
 	log  *slog.Logger
+	// closing ends the wait of builds when the agent ends.
+	closing <-chan struct{}
 }
 
 func (q *queued) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 	select {
 	case <-j.ticket.Admitted():
 	case <-ctx.Done():
+	case <-q.closing:
+		j.cancel(&failure.Interrupted{Waiting: true})
 	}
 	if result := ended(ctx); result != nil {
 		return result

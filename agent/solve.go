@@ -28,8 +28,14 @@ const (
 	forgetTime = 30 * time.Second
 )
 
+// patience is how long a solve may take to end after its context has.
+const patience = 30 * time.Second
+
 // solver has the engine build.
-type solver struct{ cfg Config }
+type solver struct {
+	cfg      Config
+	patience time.Duration
+}
 
 // Run opens the engine, which the job keeps, and builds.
 func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
@@ -61,7 +67,14 @@ func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv1.BuildResult {
 	status, told := make(chan *client.SolveStatus, 16), make(chan *progress.Translator, 1)
 	go func() { told <- s.tell(j, status) }()
-	resp, err := j.session.Build(ctx, plan.Opt, product, plan.Build, status)
+	resp, err := s.build(ctx, j, plan, status)
+	if errors.Is(err, errStuck) {
+		s.cfg.Logger.Error("the engine does not end a build; it is given up", "tenant", j.key.Tenant, "build", j.key.ID)
+		if result := ended(ctx); result != nil {
+			return result
+		}
+		return internal("%v", err)
+	}
 	events := <-told
 	if err == nil {
 		if err = s.handOn(ctx, j); err != nil {
@@ -79,6 +92,46 @@ func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv
 	}
 	result.Steps = events.Results()
 	return result
+}
+
+// errStuck says that the engine did not end a solve when it should have.
+var errStuck = errors.New("the engine did not end the build in time")
+
+// build runs the solve. When that does not end with its context, it is given up
+// with errStuck, and ends when the session is closed. A panic in it is one in the
+// caller.
+func (s *solver) build(ctx context.Context, j *job, plan *strategy.Plan, status chan *client.SolveStatus) (*client.SolveResponse, error) {
+	type outcome struct {
+		resp  *client.SolveResponse
+		err   error
+		panic any
+	}
+	session, done := j.session, make(chan outcome, 1)
+	go func() {
+		var o outcome
+		defer func() {
+			o.panic = recover()
+			done <- o
+		}()
+		o.resp, o.err = session.Build(ctx, plan.Opt, product, plan.Build, status)
+	}()
+	var late <-chan time.Time
+	for over := ctx.Done(); ; {
+		select {
+		case o := <-done:
+			if o.panic != nil {
+				panic(o.panic)
+			}
+			return o.resp, o.err
+		case <-over:
+			over = nil
+			timer := time.NewTimer(s.patience)
+			defer timer.Stop()
+			late = timer.C
+		case <-late:
+			return nil, errStuck
+		}
+	}
 }
 
 // tell stores what happens until status is closed.

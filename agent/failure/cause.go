@@ -33,9 +33,15 @@ func (e *TimedOut) Error() string {
 }
 
 // Interrupted is the cause of a context whose agent ends.
-type Interrupted struct{}
+type Interrupted struct {
+	// Waiting says that the build had not started.
+	Waiting bool
+}
 
-func (*Interrupted) Error() string {
+func (e *Interrupted) Error() string {
+	if e.Waiting {
+		return "The agent ended while the build waited in the queue: it never started. Start it again under a new ID."
+	}
 	return "The agent ended before the build did. Steps that had ended are in the cache: start the build again under a new ID."
 }
 

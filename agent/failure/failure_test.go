@@ -118,6 +118,7 @@ func TestByCause(t *testing.T) {
 		{&Cancelled{}, agentv1.BuildState_BUILD_STATE_CANCELLED, agentv1.FailureReason_FAILURE_REASON_CANCELLED, "was cancelled."},
 		{&Cancelled{"mine"}, agentv1.BuildState_BUILD_STATE_CANCELLED, agentv1.FailureReason_FAILURE_REASON_CANCELLED, "was cancelled: mine"},
 		{&TimedOut{time.Minute}, agentv1.BuildState_BUILD_STATE_FAILED, agentv1.FailureReason_FAILURE_REASON_TIMEOUT, "1m0s"},
+		{&Interrupted{Waiting: true}, agentv1.BuildState_BUILD_STATE_INTERRUPTED, agentv1.FailureReason_FAILURE_REASON_INTERRUPTED, "never started"},
 		{&Interrupted{}, agentv1.BuildState_BUILD_STATE_INTERRUPTED, agentv1.FailureReason_FAILURE_REASON_INTERRUPTED, "The agent ended"},
 	}
 	for _, tt := range tests {
