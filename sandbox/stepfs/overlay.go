@@ -175,28 +175,22 @@ func mappedTree(dir string, m *IDMap) (int, error) {
 // kernel keeps these credentials for its own work on the layers; the node's root
 // has no ID there, so that it could not create anything.
 //
-// It runs on a locked thread. A thread that cannot get its own credentials back
-// stays locked, so that it ends with its goroutine and no other goroutine ever
-// runs on it.
+// A thread that cannot get its own credentials back stays locked to the calling
+// goroutine and ends with it, so that no other goroutine ever runs on it.
 func mountAs(fs *filesystem, m *IDMap) (int, error) {
-	type result struct {
-		fd  int
-		err error
+	runtime.LockOSThread()
+	fd, err := -1, become(m.UID, m.GID)
+	if err == nil {
+		fd, err = fs.mount()
 	}
-	done := make(chan result)
-	go func() {
-		runtime.LockOSThread()
-		fd, err := -1, become(m.UID, m.GID)
-		if err == nil {
-			fd, err = fs.mount()
+	if back := become(0, 0); back != nil {
+		if fd >= 0 {
+			unix.Close(fd)
 		}
-		if back := become(0, 0); back == nil {
-			runtime.UnlockOSThread()
-		}
-		done <- result{fd, err}
-	}()
-	r := <-done
-	return r.fd, r.err
+		return -1, errors.Join(err, fmt.Errorf("become root again: %w", back))
+	}
+	runtime.UnlockOSThread()
+	return fd, err
 }
 
 // become gives the calling thread these file system IDs, and gives back the
