@@ -5,12 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -40,10 +39,9 @@ type box struct {
 	dir, tmp string
 	net      sandbox.Network
 	ctl      control
-	cmd      *exec.Cmd
-	// exited is closed when runsc, and with it the sandbox, is gone.
+	// conn ends when the sandbox is gone, which closes exited.
+	conn   *net.UnixConn
 	exited chan struct{}
-	log    tail
 	files  *fileServer
 	// defers release things, the last first.
 	defers []func() error
@@ -163,60 +161,26 @@ func writeBundle(bundle string, spec *specs.Spec) error {
 // start of the step's container ends that for the sandbox, and the limit for the
 // others. One processor is enough for all but the sandbox, which does not take
 // that from here.
-func (b *box) environment() []string {
-	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + b.tmp, "GOGC=off", "GOMEMLIMIT=64MiB", "GOMAXPROCS=1"}
+func environment(tmp string) []string {
+	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + tmp, "GOGC=off", "GOMEMLIMIT=64MiB", "GOMAXPROCS=1"}
 }
 
-// start starts the sandbox and waits until its first process runs.
+// start starts the sandbox.
 func (b *box) start(ctx context.Context) error {
 	bundle, err := b.writeSpec()
 	if err != nil {
 		return err
 	}
-	ready, w, err := os.Pipe()
+	conn, err := b.r.starters.start(ctx, startRequest{Flags: b.flags(), ID: containerID, Bundle: bundle, Program: b.r.pause})
 	if err != nil {
-		return err
+		return fmt.Errorf("start the sandbox: %w", err)
 	}
-	defer ready.Close()
-	args := append(b.flags(), "run", "--bundle="+bundle, "--exec-fd=3", containerID)
-	b.cmd = exec.Command(b.r.runsc, args...)
-	b.cmd.Stdout, b.cmd.Stderr = w, &b.log
-	b.cmd.ExtraFiles = []*os.File{b.r.pause}
-	b.cmd.Env = b.environment()
-	b.cmd.WaitDelay = time.Second
-	b.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
-	err = startLocked(b.cmd)
-	w.Close()
-	if err != nil {
-		return fmt.Errorf("start runsc: %w", err)
-	}
-	b.exited = make(chan struct{})
+	b.conn, b.exited = conn, make(chan struct{})
 	go func() {
 		defer close(b.exited)
-		_ = b.cmd.Wait()
+		_, _ = io.Copy(io.Discard, conn)
 	}()
 	b.defers = append(b.defers, b.waitKilled)
-	if err := os.WriteFile(filepath.Join(b.dir, "pid"), []byte(strconv.Itoa(b.cmd.Process.Pid)), 0o600); err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	// The pipe also closes when the sandbox does not start. What comes before
-	// the byte of the first process is text of runsc.
-	buf := make([]byte, 512)
-	for {
-		n, err := ready.Read(buf)
-		if n > 0 && strings.IndexByte(string(buf[:n]), 1) >= 0 {
-			break
-		}
-		b.log.Write(buf[:n])
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err != nil {
-			return fmt.Errorf("start the sandbox: %s", b.log.String())
-		}
-	}
 	b.ctl = control{socket: filepath.Join(b.runscRoot(), "runsc-"+containerID+".sock")}
 	return nil
 }
@@ -238,29 +202,26 @@ func (b *box) kill() {
 	if b.files != nil {
 		b.files.kill()
 	}
-	if b.cmd == nil {
+	if b.conn == nil {
 		return
 	}
-	st, err := readState(b.runscRoot())
-	if err == nil {
-		err = signalOurs(st.Sandbox.PID, b.dir)
+	if st, err := readState(b.runscRoot()); err == nil {
+		_ = signalOurs(st.Sandbox.PID, b.dir)
 	}
-	if err != nil {
-		_ = b.cmd.Process.Kill()
-	}
+	// In any case whoever started it ends it now.
+	_ = b.conn.CloseWrite()
 }
 
-// waitKilled ends the sandbox and reaps its processes. runsc reaps the others
-// once the sandbox is gone; it is killed itself only when it does not.
+// waitKilled ends the sandbox and waits until nothing of it is left.
 func (b *box) waitKilled() error {
 	b.kill()
+	defer b.conn.Close()
 	select {
 	case <-b.exited:
-	case <-time.After(2 * time.Second):
-		_ = b.cmd.Process.Kill()
-		<-b.exited
+		return nil
+	case <-time.After(10 * time.Second):
+		return errors.New("the sandbox does not end although it is killed")
 	}
-	return nil
 }
 
 // release ends the sandbox and gives back everything that it holds.

@@ -70,16 +70,17 @@ func probeMount() error {
 // stepVersion is the version of kiln's addition to runsc that this package knows.
 const stepVersion = 2
 
+const fixAddition = "Use the runsc that `make build` makes; gVisor's own lacks what kiln needs."
+
 // checkVersion asks a sandbox whether its runsc has kiln's addition.
 func (b *box) checkVersion(ctx context.Context) error {
-	const fix = "Use the runsc that `make build` makes; gVisor's own lacks what kiln needs."
 	var version int
 	err := b.ctl.call(ctx, methodProbe, struct{}{}, nil, &version)
 	if err == nil && version != stepVersion {
 		err = fmt.Errorf("it has version %d, and %d is needed", version, stepVersion)
 	}
 	if err != nil && ctx.Err() == nil {
-		return unavailable("kiln's addition to runsc ("+methodProbe+" in "+b.r.runsc+")", fix, err)
+		return unavailable("kiln's addition to runsc ("+methodProbe+" in "+b.r.runsc+")", fixAddition, err)
 	}
 	return err
 }

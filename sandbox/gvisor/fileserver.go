@@ -100,12 +100,12 @@ func (s *fileServer) makeSlots(dir string, k kind) (theirs []*os.File, err error
 		} else if err := os.Mkdir(p, 0o555); err != nil {
 			return slot{}, err
 		}
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		sandbox, server, err := socketPair(unix.SOCK_STREAM)
 		if err != nil {
 			return slot{}, err
 		}
-		theirs = append(theirs, os.NewFile(uintptr(fds[1]), "file server"))
-		m := slot{path: p, conn: os.NewFile(uintptr(fds[0]), "sandbox")}
+		theirs = append(theirs, server)
+		m := slot{path: p, conn: sandbox}
 		s.slots = append(s.slots, m)
 		return m, nil
 	}
@@ -159,13 +159,12 @@ func (s *fileServer) start(b *box, bundle string, theirs []*os.File) error {
 	}
 	defer readyW.Close()
 	// The server could ask for files that it may not open itself; it gets none.
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	nobody, rpc, err := socketPair(unix.SOCK_STREAM)
 	if err != nil {
 		ready.Close()
 		return err
 	}
-	unix.Close(fds[0])
-	rpc := os.NewFile(uintptr(fds[1]), "requests")
+	nobody.Close()
 	defer rpc.Close()
 
 	confs, io := []string{"none:memory"}, []string{}
@@ -178,7 +177,7 @@ func (s *fileServer) start(b *box, bundle string, theirs []*os.File) error {
 	s.cmd = exec.Command(b.r.runsc, args...)
 	s.cmd.Stderr = &s.log
 	s.cmd.ExtraFiles = append([]*os.File{spec, readyW, rpc}, theirs...)
-	s.cmd.Env = b.environment()
+	s.cmd.Env = environment(b.tmp)
 	s.cmd.WaitDelay = time.Second
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setsid: true, Pdeathsig: unix.SIGKILL,

@@ -49,11 +49,13 @@ type Config struct {
 type Runtime struct {
 	cfg   Config
 	runsc string
-	pause *os.File
+	// pause is the file with the program of the sandboxes' own containers.
+	pause string
 	// image is the file with the root of the sandboxes' own containers.
-	image string
-	pool  *pool
-	boxes atomic.Int64
+	image    string
+	starters *starters
+	pool     *pool
+	boxes    atomic.Int64
 
 	mu    sync.Mutex
 	steps map[string]*running // guarded by mu
@@ -80,7 +82,7 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("gvisor: state directory %q is not absolute", cfg.StateDir)
 	}
 	r := &Runtime{cfg: cfg, runsc: runsc, steps: map[string]*running{}}
-	for _, dir := range []string{r.stepsDir(), r.sharedDir()} {
+	for _, dir := range []string{r.stepsDir(), r.sharedDir(), r.startersDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("gvisor: make state directory: %w", err)
 		}
@@ -102,7 +104,7 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 	if ahead == 0 {
 		ahead = DefaultPrepared
 	}
-	r.pool = newPool(r, max(ahead, 0))
+	r.starters, r.pool = newStarters(r), newPool(r, max(ahead, 0))
 	return r, nil
 }
 
@@ -115,7 +117,7 @@ func (r *Runtime) Warm(network sandbox.NetworkMode) { r.pool.warm(usual(network)
 
 // Close implements sandbox.Runtime.
 func (r *Runtime) Close() error {
-	return errors.Join(r.pool.close(), r.pause.Close(), r.releaseShared())
+	return errors.Join(r.pool.close(), r.starters.close(), r.releaseShared())
 }
 
 // boxID names a sandbox. Together with the process it is unique on the node.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,6 +21,11 @@ func chroot(t *testing.T, root, script string) {
 	cmd.Dir = "/"
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, string(out))
+}
+
+// sandboxProcesses is processesNaming without those that start sandboxes.
+func sandboxProcesses(t *testing.T, dir string) []string {
+	return slices.DeleteFunc(processesNaming(t, dir), func(c string) bool { return strings.Contains(c, " kiln-starter ") })
 }
 
 // processesNaming returns the command lines of live processes that name dir.

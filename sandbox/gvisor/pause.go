@@ -11,9 +11,8 @@ import (
 
 // The first process of every sandbox is a static program of a few instructions
 // that comes from the node as an open file, so that no image needs to have it. It
-// lets the sandbox reap orphans by ignoring SIGCHLD, writes one byte to its
-// standard output to tell that the sandbox runs, and sleeps: the sandbox gives its
-// upper layer out only while its first process lives.
+// lets the sandbox reap orphans by ignoring SIGCHLD, and sleeps: the sandbox ends
+// with its first process.
 
 // pauseCode holds the program's machine code. It ends where its data begin.
 var pauseCode = map[string]func() ([]byte, uint16){
@@ -21,13 +20,9 @@ var pauseCode = map[string]func() ([]byte, uint16){
 		return []byte{
 			0xb8, 13, 0, 0, 0, // mov eax, SYS_rt_sigaction
 			0xbf, 17, 0, 0, 0, // mov edi, SIGCHLD
-			0x48, 0x8d, 0x35, 36, 0, 0, 0, // lea rsi, [data]
+			0x48, 0x8d, 0x35, 19, 0, 0, 0, // lea rsi, [data]
 			0x31, 0xd2, // xor edx, edx
 			0x41, 0xba, 8, 0, 0, 0, // mov r10d, 8
-			0x0f, 0x05, // syscall
-			0xb8, 1, 0, 0, 0, // mov eax, SYS_write
-			0xbf, 1, 0, 0, 0, // mov edi, 1
-			0xba, 1, 0, 0, 0, // mov edx, 1; rsi still points to data
 			0x0f, 0x05, // syscall
 			0xb8, 34, 0, 0, 0, // mov eax, SYS_pause
 			0x0f, 0x05, // syscall
@@ -39,21 +34,17 @@ var pauseCode = map[string]func() ([]byte, uint16){
 		const svc = 0xd4000001
 		ins := []uint32{
 			movz(0, 17),        // SIGCHLD
-			0x10000001 | 19<<5, // adr x1, data (19 instructions ahead)
+			0x10000001 | 13<<5, // adr x1, data (13 instructions ahead)
 			movz(2, 0),         //
 			movz(3, 8),         //
 			movz(8, 134), svc,  // rt_sigaction
-			movz(0, 1),         //
-			0x10000001 | 13<<5, // adr x1, data
-			movz(2, 1),         //
-			movz(8, 64), svc,   // write
 			movz(0, 0),       //
 			movz(1, 0),       //
 			movz(2, 0),       //
 			movz(3, 0),       //
 			movz(4, 0),       //
 			movz(8, 73), svc, // ppoll
-			0x14000000 | (1<<26 - 7), // b to the first instruction of ppoll
+			0x14000000 | (1<<26 - 6), // b to the first instruction of ppoll
 			0xd503201f,               // nop
 		}
 		var b bytes.Buffer
@@ -69,8 +60,7 @@ func pauseProgram() ([]byte, error) {
 		return nil, fmt.Errorf("no gVisor sandboxes on %s", runtime.GOARCH)
 	}
 	code, machine := gen()
-	// The data are a struct sigaction with the handler SIG_IGN; its first byte is
-	// also what the program writes.
+	// The data are a struct sigaction with the handler SIG_IGN.
 	data := append([]byte{1}, make([]byte, 31)...)
 	const base, headers = 0x400000, 64 + 56
 	size := uint64(headers + len(code) + len(data))
@@ -91,18 +81,18 @@ func pauseProgram() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// writePause writes the program below dir and opens it.
-func writePause(dir string) (*os.File, error) {
+// writePause writes the program below dir and returns its path.
+func writePause(dir string) (string, error) {
 	program, err := pauseProgram()
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	name := filepath.Join(dir, "pause")
 	if err := os.RemoveAll(name); err != nil {
-		return nil, fmt.Errorf("write the first process of sandboxes: %w", err)
+		return "", fmt.Errorf("write the first process of sandboxes: %w", err)
 	}
 	if err := os.WriteFile(name, program, 0o555); err != nil {
-		return nil, fmt.Errorf("write the first process of sandboxes: %w", err)
+		return "", fmt.Errorf("write the first process of sandboxes: %w", err)
 	}
-	return os.Open(name)
+	return name, nil
 }

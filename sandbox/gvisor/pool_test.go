@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -93,6 +94,40 @@ func TestDeadPrepared(t *testing.T) {
 		}
 	}
 	e.ok(e.step("true"))
+}
+
+// TestNothingIsShared looks at the descriptors of sandboxes that were started one
+// after another and together by the same processes.
+func TestNothingIsShared(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: 6})
+	e.r.Warm(sandbox.NetworkNone)
+	owners, kinds := map[string]string{}, map[string]bool{}
+	boxes := e.ready()
+	require.Len(t, boxes, 6)
+	for _, b := range boxes {
+		st, err := readState(b.runscRoot())
+		require.NoError(t, err)
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", st.Sandbox.PID))
+		require.NoError(t, err)
+		have := map[string]bool{}
+		for _, fd := range fds {
+			link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", st.Sandbox.PID, fd.Name()))
+			require.NoError(t, err)
+			// What is written to is one sandbox's alone.
+			if strings.HasPrefix(link, "socket:") || strings.HasPrefix(link, "pipe:") {
+				if other, taken := owners[link]; taken {
+					require.Equal(t, b.id, other, link)
+				}
+			}
+			require.False(t, strings.HasPrefix(link, "/") && strings.Contains(link, "/steps/"), link)
+			owners[link] = b.id
+			kind, _, _ := strings.Cut(link, ":[")
+			have[kind] = true
+		}
+		delete(have, "anon_inode") // Go's own, when it needs them
+		kinds[fmt.Sprint(have)] = true
+	}
+	require.Len(t, kinds, 1, "kinds of descriptors")
 }
 
 func TestStartFails(t *testing.T) {

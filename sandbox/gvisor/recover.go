@@ -21,6 +21,22 @@ import (
 // sandboxes die with it; what is left of them are processes on their way out,
 // mounts, and files.
 func (r *Runtime) recover(ctx context.Context) error {
+	starters, err := os.ReadDir(r.startersDir())
+	if err != nil {
+		return err
+	}
+	for _, e := range starters {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if err := killOurs(ctx, pid, r.stepsDir()); err != nil {
+			return err
+		}
+		if err := os.Remove(r.starterFile(pid)); err != nil {
+			return err
+		}
+	}
 	entries, err := os.ReadDir(r.stepsDir())
 	if err != nil {
 		return err
@@ -48,11 +64,7 @@ func (r *Runtime) recover(ctx context.Context) error {
 // they are known.
 func recordedPIDs(dir string) []int {
 	var pids []int
-	for _, name := range []string{"pid", "files-pid"} {
-		data, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			continue
-		}
+	if data, err := os.ReadFile(filepath.Join(dir, "files-pid")); err == nil {
 		if pid, err := strconv.Atoi(string(bytes.TrimSpace(data))); err == nil {
 			pids = append(pids, pid)
 		}
@@ -141,7 +153,7 @@ func waitPidfd(ctx context.Context, fd, pid int) error {
 	return fmt.Errorf("process %d does not end although it is killed", pid)
 }
 
-// unmountBelow takes away every mount below dir, the latest first.
+// unmountBelow takes away every mount below dir, the deepest first.
 func unmountBelow(dir string) error {
 	real, err := filepath.EvalSymlinks(dir)
 	if err != nil {
@@ -151,12 +163,12 @@ func unmountBelow(dir string) error {
 	if err != nil {
 		return fmt.Errorf("list mounts: %w", err)
 	}
-	sort.SliceStable(mounts, func(i, j int) bool { return mounts[i].ID > mounts[j].ID })
+	sort.SliceStable(mounts, func(i, j int) bool { return len(mounts[i].Mountpoint) > len(mounts[j].Mountpoint) })
 	for _, m := range mounts {
 		if m.Mountpoint == real {
 			continue
 		}
-		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("unmount %s: %w", m.Mountpoint, err)
 		}
 	}

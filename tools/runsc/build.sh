@@ -30,6 +30,7 @@ $go run -modfile="$src/go.mod" -trimpath gvisor.dev/gvisor/runsc/kilnfilters "$s
 rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
 
 cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
+cp sentry/main/starter.go "$src/gvisor/runsc/kiln_starter.go"
 cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"
 cp sentry/tmpfs/layer.go "$src/gvisor/pkg/sentry/fsimpl/tmpfs/kiln_layer.go"
 $go build -modfile="$src/go.mod" -trimpath \
