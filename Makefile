@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 KUBERNETES := $(addprefix $(BIN)/,etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
 CONTAINERD := $(addprefix $(BIN)/,containerd containerd-shim-runc-v2 ctr host-local portmap ptp)
 
-.PHONY: help build deps kiln quickstart test lint generate bench clean test-tools cluster-tools cluster-up cluster-down
+.PHONY: help build deps kiln quickstart test lint generate bench clean test-tools cluster-tools cluster-up cluster-down cluster-deploy images generated
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -73,7 +73,7 @@ quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
 
-lint: $(BIN)/staticcheck $(BIN)/buf ## Check formatting, vet, staticcheck and the build API
+lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API and generated code
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(BIN)/staticcheck ./...
@@ -88,6 +88,19 @@ $(BIN)/controller-gen: tools/controller-gen/go.mod
 
 generate: $(BIN)/buf $(BIN)/controller-gen ## Regenerate generated code
 	PATH=$(BIN):$$PATH $(GO) generate ./...
+
+generated: $(BIN)/controller-gen
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	$(BIN)/controller-gen object paths=./api/build/... output:object:dir=$$tmp && \
+	$(BIN)/controller-gen crd:crdVersions=v1,generateEmbeddedObjectMeta=false paths=./api/build/... output:crd:dir=$$tmp/crds && \
+	diff $$tmp/zz_generated.deepcopy.go api/build/v1alpha1/zz_generated.deepcopy.go && diff -r $$tmp/crds deploy/base/crds || \
+	{ echo "generated code of api/build is not current: run make generate"; exit 1; }
+
+images: build ## Build kiln's own images with kiln (REGISTRY=HOST/PATH TAG=... pushes them)
+	deploy/images/build.sh
+
+cluster-deploy: build $(BIN)/kubectl ## Build kiln's images and deploy them to the cluster of cluster-up
+	deploy/overlays/test/deploy.sh $(CLUSTER_DIR)
 
 bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
 	$(GO) run ./bench -kiln $(BIN)/kiln -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)
