@@ -285,3 +285,7 @@ func waitFor(most time.Duration, f func() bool) bool {
 	}
 	return f()
 }
+
+func secretExists(t *testing.T, name string) bool {
+	return api.Get(t.Context(), types.NamespacedName{Namespace: "kiln-system", Name: name}, &corev1.Secret{}) == nil
+}
