@@ -89,6 +89,9 @@ func (r *Runtime) newBox(ctx context.Context, k kind) (_ *box, err error) {
 	if err := b.files.wait(ctx); err != nil {
 		return nil, fmt.Errorf("start the file server: %w", err)
 	}
+	if err := b.joinCgroups(); err != nil {
+		return nil, err
+	}
 	if err := b.checkVersion(ctx); err != nil {
 		return nil, err
 	}

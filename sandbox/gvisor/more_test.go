@@ -6,6 +6,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -74,17 +76,29 @@ func TestCgroup(t *testing.T) {
 		}
 	}()
 	step := e.step("echo ready; sleep 0.3")
-	found := []string{}
+	found, both := []string{}, 0
 	step.Process.Stdout = nil
 	res, err := e.r.Run(context.Background(), step, func() {
+		names, _ := filepath.Glob(e.r.stepsDir() + "/*/files-pid")
+		require.Len(t, names, 1)
+		pid, err := os.ReadFile(names[0])
+		require.NoError(t, err)
+		server := string(pid)
 		for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/*")
+			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/[0-9]*-*")
 			found = append(found, dirs...)
+		}
+		for _, d := range found {
+			procs, err := os.ReadFile(d + "/cgroup.procs")
+			if err == nil && slices.Contains(strings.Fields(string(procs)), server) {
+				both++
+			}
 		}
 	})
 	require.NoError(t, err)
 	require.Zero(t, res.ExitCode)
 	require.NotEmpty(t, found)
+	require.Equal(t, len(found), both, "the sandbox and its file server are in the same cgroups")
 	e.settle()
 	for _, d := range found {
 		require.NoDirExists(t, d)
