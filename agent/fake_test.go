@@ -60,7 +60,7 @@ func (s *faultySession) Build(ctx context.Context, _ client.SolveOpt, _ string, 
 		}
 	}
 	return &client.SolveResponse{ExporterResponse: map[string]string{
-		"containerimage.digest": digest.FromString("image").String(), "image.name": "r.example/a:1,r.example/b:1",
+		"containerimage.digest": digest.FromString("image").String(),
 	}}, nil
 }
 

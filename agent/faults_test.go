@@ -227,6 +227,25 @@ func TestUploadsThatAreNotWhatTheySay(t *testing.T) {
 	require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
 }
 
+func TestAnUploadThatStallsIsCutOff(t *testing.T) {
+	agenttest.CheckGoroutines(t)
+	c := agenttest.Serve(t, agenttest.New(t, &faultyEngines{}, func(cfg *agent.Config) {
+		cfg.Uploads.Age, cfg.Uploads.TenantCount = 100*time.Millisecond, 1
+	}))
+	ctx := agenttest.Context(t, "a")
+	stream, err := c.UploadSource(ctx)
+	require.NoError(t, err)
+	require.NoError(t, stream.Send(&agentv1.UploadSourceRequest{Part: &agentv1.UploadSourceRequest_Header{
+		Header: &agentv1.UploadHeader{Digest: digest.FromString("data").String(), Size: 4},
+	}}))
+	err = stream.RecvMsg(&agentv1.UploadSourceResponse{})
+	require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
+	require.Eventually(t, func() bool { // its place is free again
+		_, err := agenttest.Send(ctx, c, &agentv1.UploadHeader{Digest: digest.FromString("data").String(), Size: 4}, []byte("data"))
+		return err == nil
+	}, 5*time.Second, 5*time.Millisecond)
+}
+
 func TestWatchStartsWhereTheClientLeft(t *testing.T) {
 	agenttest.CheckGoroutines(t)
 	c := agenttest.Serve(t, agenttest.New(t, &faultyEngines{do: func(_ context.Context, tell func(*client.SolveStatus)) error {

@@ -1,10 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/distribution/reference"
@@ -84,7 +85,7 @@ func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv
 	result := &agentv1.BuildResult{State: agentv1.BuildState_BUILD_STATE_SUCCEEDED}
 	switch end := ended(ctx); {
 	case err == nil:
-		image(result, resp.ExporterResponse)
+		image(result, j.spec, resp.ExporterResponse)
 	case end != nil:
 		result = end
 	default:
@@ -159,13 +160,26 @@ func (s *solver) tell(j *job, status <-chan *client.SolveStatus) *progress.Trans
 	}
 }
 
-// image fills in what the exporters say.
-func image(result *agentv1.BuildResult, facts map[string]string) {
+// image fills in what the exporters say, and the names that the spec gives: of
+// several exports the engine tells those of one only.
+func image(result *agentv1.BuildResult, spec *agentv1.BuildSpec, facts map[string]string) {
 	result.ImageDigest = facts[exptypes.ExporterImageDigestKey]
 	result.SourceRevision = failure.Text(facts[strategy.RevisionKey])
-	if names := facts["image.name"]; names != "" {
-		result.ImageNames = strings.Split(failure.Text(names), ",")
+	for _, o := range spec.GetOutputs() {
+		named, err := fullName(cmp.Or(o.GetRegistry().GetImage(), o.GetNode().GetImage()))
+		if err == nil && !slices.Contains(result.ImageNames, named.String()) {
+			result.ImageNames = append(result.ImageNames, named.String())
+		}
 	}
+}
+
+// fullName is the name of an image with its registry and tag.
+func fullName(image string) (reference.Named, error) {
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return nil, fmt.Errorf("name of the image %q: %w", image, err)
+	}
+	return reference.TagNameOnly(named), nil
 }
 
 // pushError is a failure to hand an image to the node's runtime.
@@ -209,11 +223,10 @@ func (s *solver) handOn(ctx context.Context, j *job) error {
 }
 
 func (s *solver) handOnImage(ctx context.Context, j *job, image string) (err error) {
-	named, err := reference.ParseNormalizedNamed(image)
+	named, err := fullName(image)
 	if err != nil {
 		return err
 	}
-	named = reference.TagNameOnly(named)
 	target, content, err := j.session.Image(ctx, named.String())
 	if err != nil {
 		return err

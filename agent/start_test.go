@@ -53,13 +53,16 @@ func TestStartBuildIsIdempotent(t *testing.T) {
 	c := agenttest.Serve(t, agenttest.New(t, engines, nil))
 	ctx := agenttest.Context(t, "a")
 	req := &agentv1.StartBuildRequest{BuildId: "one", Spec: agenttest.Dockerfile("FROM scratch")}
+	for _, image := range []string{"r.example/a:1", "b"} {
+		req.Spec.Outputs = append(req.Spec.Outputs, &agentv1.Output{To: &agentv1.Output_Registry{Registry: &agentv1.RegistryOutput{Image: image}}})
+	}
 	first, err := c.StartBuild(ctx, req)
 	require.NoError(t, err)
 	require.Equal(t, "node-1", first.GetBuild().GetNode())
 	require.Equal(t, "a", first.GetBuild().GetTenant())
 	result := agenttest.CheckEvents(t, agenttest.Watch(t, ctx, c, "one", 0), 0)
 	require.Equal(t, agentv1.BuildState_BUILD_STATE_SUCCEEDED, result.GetState())
-	require.Equal(t, []string{"r.example/a:1", "r.example/b:1"}, result.GetImageNames())
+	require.Equal(t, []string{"r.example/a:1", "docker.io/library/b:latest"}, result.GetImageNames())
 	require.Equal(t, digest.FromString("image").String(), result.GetImageDigest())
 
 	second, err := c.StartBuild(ctx, req)

@@ -2,10 +2,13 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/kiln-build/kiln/agent/upload"
@@ -40,17 +43,40 @@ func (a *Agent) UploadSource(stream grpc.ClientStreamingServer[agentv1.UploadSou
 	if err != nil {
 		return statusOf(err)
 	}
-	if err := receive(stream, w); err != nil {
-		if abort := w.Abort(); abort != nil {
-			a.cfg.Logger.Error("cannot remove what arrived of an upload", "tenant", tenant, "error", abort)
+	done := make(chan taken, 1)
+	go func() { done <- a.take(stream, w, tenant) }()
+	// A client that sends nothing more is cut off: returning ends its stream, and
+	// with that what takes it.
+	late := time.NewTimer(a.uploads.Limits().Age)
+	defer late.Stop()
+	select {
+	case got := <-done:
+		if got.err != nil {
+			return got.err
 		}
-		return err
+		return stream.SendAndClose(&agentv1.UploadSourceResponse{Digest: head.GetDigest(), ExpiresAt: timestamppb.New(got.expires)})
+	case <-late.C:
+		return ruled(codes.DeadlineExceeded, "UPLOAD_TOO_SLOW", "", fmt.Sprintf("data: the upload took longer than %s", a.uploads.Limits().Age))
 	}
-	expires, err := w.Commit()
-	if err != nil {
-		return statusOf(err)
+}
+
+// taken is how an upload ended.
+type taken struct {
+	expires time.Time
+	err     error // a status
+}
+
+// take stores what arrives, or nothing.
+func (a *Agent) take(stream grpc.ClientStreamingServer[agentv1.UploadSourceRequest, agentv1.UploadSourceResponse], w *upload.Writer, tenant string) taken {
+	err := receive(stream, w)
+	if err == nil {
+		expires, err := w.Commit()
+		return taken{expires, statusOf(err)}
 	}
-	return stream.SendAndClose(&agentv1.UploadSourceResponse{Digest: head.GetDigest(), ExpiresAt: timestamppb.New(expires)})
+	if abort := w.Abort(); abort != nil {
+		a.cfg.Logger.Error("cannot remove what arrived of an upload", "tenant", tenant, "error", abort)
+	}
+	return taken{err: err}
 }
 
 // receive writes all pieces to w.

@@ -16,6 +16,10 @@ import (
 // together are at their limit.
 const leastLog = 64 << 10
 
+// tenantShare is the part of all bytes, as a divisor, that the ended builds of one
+// tenant may occupy, so that none makes the agent forget those of all others.
+const tenantShare = 2
+
 // makeRoom removes ended builds until the output of w fits beside what is there,
 // and returns how many bytes it may take.
 func (s *Store) makeRoom(w *Writer) (int64, error) {
@@ -74,10 +78,11 @@ func (s *Store) Sweep() error {
 
 // sweep is Sweep with mu held.
 func (s *Store) sweep() error {
-	perTenant := map[string]int{}
+	perTenant, bytesOf := map[string]int{}, map[string]int64{}
 	var ended []*entry
 	for _, e := range s.index {
 		perTenant[e.key.Tenant]++
+		bytesOf[e.key.Tenant] += e.bytes
 		if e.writer == nil {
 			ended = append(ended, e)
 		}
@@ -88,11 +93,14 @@ func (s *Store) sweep() error {
 	total, size, now := len(s.index), s.bytes+s.reserved(), s.now()
 	var gone []*entry
 	for _, e := range ended {
-		if now.Sub(e.ended) <= s.limits.Age && total <= s.limits.Builds && size <= s.limits.Bytes && perTenant[e.key.Tenant] <= s.limits.BuildsPerTenant {
+		tenant := e.key.Tenant
+		if now.Sub(e.ended) <= s.limits.Age && total <= s.limits.Builds && size <= s.limits.Bytes &&
+			perTenant[tenant] <= s.limits.BuildsPerTenant && bytesOf[tenant] <= s.limits.Bytes/tenantShare {
 			continue
 		}
 		gone = append(gone, e)
-		perTenant[e.key.Tenant]--
+		perTenant[tenant]--
+		bytesOf[tenant] -= e.bytes
 		total--
 		size -= e.bytes
 	}

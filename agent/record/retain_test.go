@@ -137,6 +137,20 @@ func TestAllLogsTogetherAreBounded(t *testing.T) {
 	require.NotContains(t, kept(t, s), "a/b0 ")
 }
 
+func TestOneTenantsLogsDoNotDriveOutAnothers(t *testing.T) {
+	clk := newClock()
+	s := open(t, t.TempDir(), Options{Now: clk.now, Limits: Limits{LogBytes: 128 << 10, Bytes: 1 << 20}})
+	require.NoError(t, create(t, s, "b", "quiet").Finish(succeeded()))
+	for i := range 20 {
+		clk.advance(time.Second)
+		w := create(t, s, "a", id(i))
+		require.NoError(t, w.Start())
+		require.NoError(t, w.Append(logEvent(strings.Repeat("x", 120<<10))))
+		require.NoError(t, w.Finish(succeeded()))
+	}
+	require.Contains(t, kept(t, s), "b/quiet")
+}
+
 func TestBuildsThatRunShareWhatIsLeft(t *testing.T) {
 	const perBuild = 256 << 10
 	s := open(t, t.TempDir(), Options{Limits: Limits{LogBytes: perBuild, Bytes: 2 * perBuild}})

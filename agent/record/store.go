@@ -28,7 +28,8 @@ type Limits struct {
 	// LogBytes bounds the output of one build.
 	LogBytes int64
 	// Bytes bounds all records and events together, with LogBytes for each build
-	// that runs. It is at least twice LogBytes.
+	// that runs. It is at least twice LogBytes. One tenant's ended builds have half of
+	// it.
 	Bytes int64
 }
 
