@@ -141,9 +141,13 @@ func lockDir(dir string, how int) (*os.File, error) {
 }
 
 // cgroupParent is the cgroup of the steps of this runtime. Its name comes from the
-// state directory, so that the next runtime with it finds them.
+// state directory, so that the next runtime with it finds them. The directory's
+// inode is part of it: in another mount namespace the same path is another
+// directory.
 func (r *Runtime) cgroupParent() string {
-	sum := sha256.Sum256([]byte(r.cfg.StateDir))
+	var st unix.Stat_t
+	_ = unix.Stat(r.cfg.StateDir, &st) // New has made it
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d:%d:%s", st.Dev, st.Ino, r.cfg.StateDir))
 	return path.Join(r.cfg.CgroupParent, hex.EncodeToString(sum[:6]))
 }
 
