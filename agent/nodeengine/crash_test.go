@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -108,6 +109,39 @@ func startAgent(t *testing.T, root string) (agentv1.BuildServiceClient, func()) 
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	return agentv1.NewBuildServiceClient(conn), kill
+}
+
+// TestManyBuildsAtOnce has 32 builds in one agent at once: none is lost.
+func TestManyBuildsAtOnce(t *testing.T) {
+	agenttest.RepoBin(t, "runc")
+	root := t.TempDir()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	c, _ := startAgent(t, root)
+	const builds = 32
+	var wg sync.WaitGroup
+	began := time.Now()
+	for i := range builds {
+		archive := agenttest.BusyboxTar(t, map[string]string{"Dockerfile": base + sh(fmt.Sprintf("echo build %d > /one", i))})
+		spec := agenttest.Uploaded(agenttest.SendAll(t, ctx, c, archive))
+		spec.Sandbox = agentv1.SandboxClass_SANDBOX_CLASS_USERNS
+		id := fmt.Sprint("b", i)
+		wg.Go(func() {
+			if _, err := c.StartBuild(ctx, &agentv1.StartBuildRequest{BuildId: id, Spec: spec}); err != nil {
+				t.Error(err)
+				return
+			}
+			result := agenttest.CheckEvents(t, agenttest.Watch(t, ctx, c, id, 0), 0)
+			if result.GetState() != agentv1.BuildState_BUILD_STATE_SUCCEEDED {
+				t.Errorf("%s: %v", id, result)
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d builds in %s", builds, time.Since(began).Round(10*time.Millisecond))
+	list, err := c.ListBuilds(ctx, &agentv1.ListBuildsRequest{States: []agentv1.BuildState{agentv1.BuildState_BUILD_STATE_SUCCEEDED}})
+	require.NoError(t, err)
+	require.Len(t, list.GetBuilds(), builds)
 }
 
 // TestKilledAgent kills an agent in the middle of a step, with another build in the
