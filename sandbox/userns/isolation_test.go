@@ -197,6 +197,28 @@ func TestCancelAtAnyMoment(t *testing.T) {
 	}
 }
 
+func TestExecWhileTheStepEnds(t *testing.T) {
+	r := newRuntime(t)
+	for i := range 8 {
+		step := newStep(t, fmt.Sprintf("sleep 0.0%d", i%4))
+		started, ended := make(chan struct{}), make(chan error, 1)
+		go func() {
+			_, err := r.Run(context.Background(), step, func() { close(started) })
+			ended <- err
+		}()
+		<-started
+		for {
+			res, err := r.Exec(context.Background(), step.ID, sandbox.Process{Args: []string{"/bin/true"}, Cwd: "/"})
+			if err != nil {
+				require.ErrorIs(t, err, sandbox.ErrNotRunning)
+				break
+			}
+			require.Contains(t, []int{0, 128 + 9}, res.ExitCode)
+		}
+		require.NoError(t, <-ended)
+	}
+}
+
 func TestFindingTheProgram(t *testing.T) {
 	r := newRuntime(t)
 	one := func(args []string, env ...string) (string, error) {

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/kiln-build/kiln/sandbox"
 )
 
@@ -41,13 +39,4 @@ func supervise(ctx context.Context, c *child, p sandbox.Process, streams *stream
 		return &sandbox.Result{ExitCode: 128 + int(status.Signal())}, nil
 	}
 	return &sandbox.Result{ExitCode: status.ExitStatus()}, nil
-}
-
-// setNonblock is for our ends of pipes, which the runtime then waits for without a
-// thread.
-func setNonblock(fd int) error {
-	if err := unix.SetNonblock(fd, true); err != nil {
-		return fmt.Errorf("set pipe non-blocking: %w", err)
-	}
-	return nil
 }

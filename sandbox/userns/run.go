@@ -302,7 +302,7 @@ func (r *Runtime) join(ctx context.Context, run *running, process sandbox.Proces
 		streams.abort()
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
-		} else if !run.cell.alive() {
+		} else if run.cell.ending() {
 			err = sandbox.ErrNotRunning
 		}
 		return nil, nil, err

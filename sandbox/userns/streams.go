@@ -64,6 +64,15 @@ func connect(p sandbox.Process, owner uint32) (_ *streams, err error) {
 	return s, nil
 }
 
+// setNonblock is for our ends of pipes, which the runtime then waits for without a
+// thread.
+func setNonblock(fd int) error {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return fmt.Errorf("set pipe non-blocking: %w", err)
+	}
+	return nil
+}
+
 // fds returns what a process receives to have the streams.
 func (s *streams) fds() []int {
 	var fds []int

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -130,6 +131,19 @@ func (c *child) alive() bool {
 	}
 }
 
+// ending tells whether the process ends about now: something of it was gone already.
+func (c *child) ending() bool {
+	select {
+	case <-c.ended:
+		return true
+	case <-time.After(endGrace):
+		return false
+	}
+}
+
+// endGrace is how long the end of a process that something is gone of is waited for.
+const endGrace = 200 * time.Millisecond
+
 // kill ends the process, and with it its PID namespace if it is the first one there.
 func (c *child) kill() {
 	_ = c.proc.Kill() // it may have ended
@@ -142,12 +156,11 @@ func (z *zygote) make(b birth) (*child, *script.Conn, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	defer theirs.Close()
 	s := b.script(theirs)
-
 	z.mu.Lock()
 	pid, err := z.run(s)
 	z.mu.Unlock()
+	theirs.Close() // so that the end of the process is seen
 	if err != nil {
 		conn.Close()
 		return nil, nil, fmt.Errorf("make process: %w", err)
@@ -241,9 +254,9 @@ func (z *zygote) start() error {
 	if err != nil {
 		return err
 	}
-	defer theirs.Close()
 	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
 	if err != nil {
+		theirs.Close()
 		conn.Close()
 		return fmt.Errorf("start zygote: %w", err)
 	}
@@ -255,7 +268,9 @@ func (z *zygote) start() error {
 	}
 	started := make(chan error)
 	z.starts <- func() { started <- cmd.Start() }
-	if err := <-started; err != nil {
+	err = <-started
+	theirs.Close() // so that the end of the process is seen
+	if err != nil {
 		conn.Close()
 		return fmt.Errorf("start zygote: %w", err)
 	}
