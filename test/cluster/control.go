@@ -19,6 +19,8 @@ const (
 
 	adminUser  = "kubernetes-admin"
 	adminGroup = "system:masters"
+	// frontProxyUser is the API server as aggregated API servers see it.
+	frontProxyUser = "front-proxy-client"
 )
 
 // apiURL is where everybody reaches the API server.
@@ -42,6 +44,15 @@ func (c *Cluster) writeControlFiles(a addresses) (*authority, error) {
 	}
 	// The kubelets let this client do everything.
 	if err := ca.issue(filepath.Join(pki, "kubelet-client"), certificate{user: "kube-apiserver-kubelet-client", groups: []string{adminGroup}}); err != nil {
+		return nil, err
+	}
+	// Aggregated API servers know the API server by an authority of its own, so that no
+	// other client can speak for a user.
+	frontProxy, err := newAuthority(filepath.Join(pki, "front-proxy"))
+	if err != nil {
+		return nil, err
+	}
+	if err := frontProxy.issue(filepath.Join(pki, "front-proxy", "client"), certificate{user: frontProxyUser}); err != nil {
 		return nil, err
 	}
 	if _, err := writeKey(filepath.Join(pki, "service-account.key")); err != nil {
@@ -146,6 +157,13 @@ func (c *Cluster) startAPIServer(ctx context.Context, a addresses) error {
 		"--kubelet-client-certificate="+pki+"/kubelet-client.crt",
 		"--kubelet-client-key="+pki+"/kubelet-client.key",
 		"--kubelet-preferred-address-types=InternalIP",
+		"--requestheader-client-ca-file="+pki+"/front-proxy/ca.crt",
+		"--requestheader-allowed-names="+frontProxyUser,
+		"--requestheader-username-headers=X-Remote-User",
+		"--requestheader-group-headers=X-Remote-Group",
+		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
+		"--proxy-client-cert-file="+pki+"/front-proxy/client.crt",
+		"--proxy-client-key-file="+pki+"/front-proxy/client.key",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+pki+"/service-account.key",
 		"--service-account-signing-key-file="+pki+"/service-account.key",
