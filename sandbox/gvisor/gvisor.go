@@ -18,10 +18,12 @@ package gvisor
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -52,7 +54,9 @@ type Runtime struct {
 	// pause is the file with the program of the sandboxes' own containers.
 	pause string
 	// image is the file with the root of the sandboxes' own containers.
-	image    string
+	image string
+	// id is a random part of the names of sandboxes.
+	id       string
 	starters *starters
 	pool     *pool
 	boxes    atomic.Int64
@@ -81,7 +85,7 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("gvisor: state directory %q is not absolute", cfg.StateDir)
 	}
-	r := &Runtime{cfg: cfg, runsc: runsc, steps: map[string]*running{}}
+	r := &Runtime{cfg: cfg, runsc: runsc, id: strings.ToLower(rand.Text()[:8]), steps: map[string]*running{}}
 	for _, dir := range []string{r.stepsDir(), r.sharedDir(), r.startersDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("gvisor: make state directory: %w", err)
@@ -120,8 +124,9 @@ func (r *Runtime) Close() error {
 	return errors.Join(r.pool.close(), r.starters.close(), r.releaseShared())
 }
 
-// boxID names a sandbox. Together with the process it is unique on the node.
-func (r *Runtime) boxID() string { return fmt.Sprintf("%d-%d", os.Getpid(), r.boxes.Add(1)) }
+// boxID names a sandbox. The name is unique on the node, also among the cgroups of
+// agents that cannot see each other.
+func (r *Runtime) boxID() string { return fmt.Sprintf("%s-%d", r.id, r.boxes.Add(1)) }
 
 func (r *Runtime) stepsDir() string  { return filepath.Join(r.cfg.StateDir, "steps") }
 func (r *Runtime) sharedDir() string { return filepath.Join(r.cfg.StateDir, "shared") }

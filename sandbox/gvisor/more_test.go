@@ -85,7 +85,7 @@ func TestCgroup(t *testing.T) {
 		require.NoError(t, err)
 		server := string(pid)
 		for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/[0-9]*-*")
+			dirs, _ := filepath.Glob(pattern + e.r.cfg.CgroupParent + "/" + e.r.id + "-*")
 			found = append(found, dirs...)
 		}
 		for _, d := range found {
