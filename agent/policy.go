@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	spb "github.com/moby/buildkit/sourcepolicy/pb"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -25,6 +26,9 @@ type Policy interface {
 	// Check returns a *DeniedError when a completed spec wants what the tenant may
 	// not have.
 	Check(tenant string, spec *agentv1.BuildSpec) error
+	// Sources returns what the engine may fetch images from, whatever names them, such as
+	// a Dockerfile; nil: from anywhere.
+	Sources(tenant string) *spb.Policy
 	// Share returns how many builds of the tenant may run and wait at once; 0: no
 	// bound but the node's.
 	Share(tenant string) (running, waiting int)

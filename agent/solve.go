@@ -62,6 +62,7 @@ func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 	}
 	defer plan.Close()
 	plan.Opt.Ref = identity.NewID()
+	plan.Opt.SourcePolicy = s.cfg.Policy.Sources(j.key.Tenant)
 	return s.solve(ctx, j, plan)
 }
 

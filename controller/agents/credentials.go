@@ -36,7 +36,7 @@ func (r *rotating) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInf
 }
 
 func (r *rotating) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 
 func (r *rotating) Clone() credentials.TransportCredentials { return &rotating{current: r.current} }
