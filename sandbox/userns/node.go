@@ -55,7 +55,7 @@ func (r *Runtime) recover() error {
 			continue
 		}
 		// Who has sandboxes holds a lock.
-		lock, err := lockDir(filepath.Join(dir, e.Name()), unix.LOCK_NB)
+		lock, err := lockDir(filepath.Join(dir, e.Name()))
 		if err != nil {
 			return err
 		}
@@ -101,11 +101,13 @@ func (r *Runtime) claimCgroup() (*os.File, error) {
 		if err := os.MkdirAll(dir, 0o755); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("make cgroup of sandboxes: %w", err)
 		}
-		lock, err := lockDir(dir, 0)
+		lock, err := lockDir(dir)
 		if err != nil {
 			return nil, err
 		}
 		if lock == nil {
+			// Another process looks whether it was left.
+			time.Sleep(20 * time.Millisecond)
 			continue
 		}
 		// Another process may have taken it for one that was left.
@@ -116,12 +118,12 @@ func (r *Runtime) claimCgroup() (*os.File, error) {
 		}
 		lock.Close()
 	}
-	return nil, fmt.Errorf("make cgroup of sandboxes: something else of the node removes %s", r.cgroupParent())
+	return nil, fmt.Errorf("make cgroup of sandboxes: another process of the node uses or removes %s", r.cgroupParent())
 }
 
 // lockDir locks a directory. It returns nil when it is not there, or when someone else
-// has locked it and how does not ask to wait.
-func lockDir(dir string, how int) (*os.File, error) {
+// has locked it.
+func lockDir(dir string) (*os.File, error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -129,7 +131,7 @@ func lockDir(dir string, how int) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open cgroup of sandboxes: %w", err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|how)
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
 		return f, nil
 	}
