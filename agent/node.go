@@ -23,9 +23,10 @@ func (a *Agent) Probe(ctx context.Context, req *agentv1.ProbeRequest) (*agentv1.
 		return nil, invalid("spec", "has %d bytes, %d is the most", proto.Size(req.GetSpec()), maxSpec)
 	}
 	stats := a.queue.Stats()
+	refusals, code := a.refusals(ctx, tenant, req.GetSpec())
 	out := &agentv1.ProbeResponse{
-		Refusals: a.refusals(ctx, tenant, req.GetSpec()),
-		Running:  int32(stats.Running), Queued: int32(stats.Queued), Slots: int32(a.queue.Limits().Slots),
+		Refusals: refusals, RefusalCode: int32(code),
+		Running: int32(stats.Running), Queued: int32(stats.Queued), Slots: int32(a.queue.Limits().Slots),
 	}
 	out.Runnable = len(out.Refusals) == 0
 	if names := images(req.GetSpec()); a.cfg.LocalBytes != nil && len(names) > 0 {

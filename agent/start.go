@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kiln-build/kiln/agent/queue"
@@ -187,10 +188,11 @@ func (a *Agent) admit(j *job, spec *agentv1.BuildSpec) (*agentv1.Build, error) {
 	return w.Build(), nil
 }
 
-// refusals are the reasons for which StartBuild would not take a spec.
-func (a *Agent) refusals(ctx context.Context, tenant string, spec *agentv1.BuildSpec) []string {
+// refusals are the reasons for which StartBuild would not take a spec, and the code
+// that it would answer with.
+func (a *Agent) refusals(ctx context.Context, tenant string, spec *agentv1.BuildSpec) ([]string, codes.Code) {
 	if a.Draining() {
-		return []string{"the agent of this node ends and takes no builds"}
+		return []string{"the agent of this node ends and takes no builds"}, codes.Unavailable
 	}
 	full, err := a.acceptable(ctx, tenant, spec)
 	if err == nil {
@@ -198,16 +200,17 @@ func (a *Agent) refusals(ctx context.Context, tenant string, spec *agentv1.Build
 		err = a.queue.Check(queue.Request{Tenant: tenant, Needs: needs(full), MaxRunning: running, MaxQueued: waiting})
 	}
 	if err == nil {
-		return nil
+		return nil, codes.OK
 	}
+	code := status.Code(statusOf(err))
 	if fields := strategy.Fields(err); len(fields) > 0 {
 		var out []string
 		for _, f := range fields {
 			out = append(out, f.Error())
 		}
-		return out
+		return out, code
 	}
-	return []string{message(err)}
+	return []string{message(err)}, code
 }
 
 // images are the names of the images that a spec is known to read.

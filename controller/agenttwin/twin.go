@@ -11,12 +11,8 @@ package agenttwin
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"encoding/hex"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -263,7 +259,7 @@ func (t *Twin) StartBuild(_ context.Context, req *agentv1.StartBuildRequest) (*a
 		return nil, t.refusal
 	}
 	if up := req.GetSpec().GetSource().GetUpload(); up != nil && !t.uploads[req.Tenant+"/"+up.Digest] {
-		return nil, status.Errorf(codes.FailedPrecondition, "spec.source.upload.digest: %s was not uploaded", up.Digest)
+		return nil, noUpload(up.Digest)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &played{creds: req.Credentials, cancel: cancel, build: &agentv1.Build{
@@ -362,35 +358,4 @@ func (t *Twin) Probe(context.Context, *agentv1.ProbeRequest) (*agentv1.ProbeResp
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return proto.CloneOf(t.probe), nil
-}
-
-// UploadSource takes an archive and forgets its content.
-func (t *Twin) UploadSource(stream grpc.ClientStreamingServer[agentv1.UploadSourceRequest, agentv1.UploadSourceResponse]) error {
-	first, err := stream.Recv()
-	if err != nil {
-		return err
-	}
-	h := first.GetHeader()
-	if h == nil {
-		return status.Error(codes.InvalidArgument, "header: must come first")
-	}
-	sum, size := sha256.New(), int64(0)
-	for {
-		msg, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		size += int64(len(msg.GetData()))
-		_, _ = sum.Write(msg.GetData())
-	}
-	if got := "sha256:" + hex.EncodeToString(sum.Sum(nil)); got != h.Digest || size != h.Size {
-		return status.Errorf(codes.DataLoss, "digest: the data has %s and %d bytes", got, size)
-	}
-	t.mu.Lock()
-	t.uploads[h.Tenant+"/"+h.Digest] = true
-	t.mu.Unlock()
-	return stream.SendAndClose(&agentv1.UploadSourceResponse{Digest: h.Digest})
 }

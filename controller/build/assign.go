@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
@@ -200,7 +201,7 @@ func (x *run) startRefused(st *status.Status) error {
 	case codes.PermissionDenied:
 		x.fail(&v1alpha1.FailureDetails{Reason: v1alpha1.ReasonDenied, Message: st.Message()})
 	case codes.FailedPrecondition:
-		if s := x.build.Spec.Source; s != nil && s.Upload != nil && x.build.Annotations[UploadedAnnotation] != s.Upload.Digest {
+		if s := x.build.Spec.Source; s != nil && s.Upload != nil && reasonOf(st) == noUpload {
 			x.goOn(v1alpha1.PhaseScheduled, v1alpha1.ReasonAwaitingUpload, fmt.Sprintf("Node %s waits for the source %s; send it to the upload subresource of this build.", x.build.Status.Node, s.Upload.Digest))
 			x.build.Status.UnreachableSince = nil
 			x.requeue = 5 * time.Second
@@ -214,6 +215,19 @@ func (x *run) startRefused(st *status.Status) error {
 		x.unreachable(x.Now(), st.Code().String()+": "+st.Message())
 	}
 	return nil
+}
+
+// noUpload is the agent's reason when an upload is not there.
+const noUpload = "NO_UPLOAD"
+
+// reasonOf returns the reason in a status's details; empty when there is none.
+func reasonOf(st *status.Status) string {
+	for _, d := range st.Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info.GetReason()
+		}
+	}
+	return ""
 }
 
 // unassign gives up the node, which has refused the build and so does not have it.

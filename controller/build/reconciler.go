@@ -39,7 +39,8 @@ import (
 // Finalizer keeps a Build until its agent was told to end it.
 const Finalizer = "kiln.build/agent"
 
-// UploadedAnnotation is set by the upload subresource when the source has arrived.
+// UploadedAnnotation is set by the upload subresource when the source has arrived, so that
+// the agent is asked again at once.
 const UploadedAnnotation = "kiln.build/uploaded"
 
 // Agents connects to the agents of nodes.

@@ -190,18 +190,25 @@ func (c *Chooser) probe(ctx context.Context, candidates []*candidate, q *Questio
 			case err != nil:
 				st := status.Convert(err)
 				cand.reason = "its agent answers " + st.Code().String() + ": " + st.Message()
-				if st.Code() == codes.InvalidArgument || st.Code() == codes.PermissionDenied {
-					cand.refuse = st
-				}
+				cand.refuse = forGood(st)
 			case !cand.probe.GetRunnable():
 				cand.reason = strings.Join(cand.probe.GetRefusals(), ", ")
 				if cand.reason == "" {
 					cand.reason = "its agent refuses without a reason"
 				}
+				cand.refuse = forGood(status.New(codes.Code(cand.probe.GetRefusalCode()), cand.reason))
 			}
 		})
 	}
 	group.Wait()
+}
+
+// forGood returns a refusal that is one of the build, whenever it is asked; else nil.
+func forGood(st *status.Status) *status.Status {
+	if st.Code() == codes.InvalidArgument || st.Code() == codes.PermissionDenied {
+		return st
+	}
+	return nil
 }
 
 func (c *Chooser) pick(candidates []*candidate, q *Question) (string, func(), error) {

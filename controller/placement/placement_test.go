@@ -112,6 +112,10 @@ func TestWhyNoNodeCanTakeIt(t *testing.T) {
 	_, _, err = chooser(fleet{"n1": denied, "n2": denied}).Choose(t.Context(), Question{})
 	require.ErrorAs(t, err, &none)
 	require.Equal(t, codes.PermissionDenied, none.Refused.Code(), "all refuse it for what it is")
+	invalid := answer{probe: &agentv1.ProbeResponse{Refusals: []string{"spec.x: is wrong"}, RefusalCode: int32(codes.InvalidArgument)}}
+	_, _, err = chooser(fleet{"n1": invalid, "n2": invalid}).Choose(t.Context(), Question{})
+	require.ErrorAs(t, err, &none)
+	require.Equal(t, "spec.x: is wrong", none.Refused.Message())
 	_, _, err = chooser(fleet{"n1": denied, "n2": {hangs: true}}).Choose(t.Context(), Question{})
 	require.ErrorAs(t, err, &none)
 	require.Nil(t, none.Refused, "one might take it")

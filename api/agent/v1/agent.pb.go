@@ -1123,7 +1123,10 @@ type ProbeResponse struct {
 	// builds left on this node.
 	LocalCacheBytes int64 `protobuf:"varint,7,opt,name=local_cache_bytes,json=localCacheBytes,proto3" json:"local_cache_bytes,omitempty"`
 	// When a build of the same cache scope last ended well here; unset: never.
-	LastBuiltAt   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_built_at,json=lastBuiltAt,proto3" json:"last_built_at,omitempty"`
+	LastBuiltAt *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_built_at,json=lastBuiltAt,proto3" json:"last_built_at,omitempty"`
+	// The gRPC status code with which StartBuild would refuse it; 0 when it is runnable.
+	// INVALID_ARGUMENT and PERMISSION_DENIED: waiting does not help.
+	RefusalCode   int32 `protobuf:"varint,9,opt,name=refusal_code,json=refusalCode,proto3" json:"refusal_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1212,6 +1215,13 @@ func (x *ProbeResponse) GetLastBuiltAt() *timestamppb.Timestamp {
 		return x.LastBuiltAt
 	}
 	return nil
+}
+
+func (x *ProbeResponse) GetRefusalCode() int32 {
+	if x != nil {
+		return x.RefusalCode
+	}
+	return 0
 }
 
 // GetInfoRequest is empty.
@@ -2913,7 +2923,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"T\n" +
 	"\fProbeRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12,\n" +
-	"\x04spec\x18\x02 \x01(\v2\x18.kiln.agent.v1.BuildSpecR\x04spec\"\xa5\x02\n" +
+	"\x04spec\x18\x02 \x01(\v2\x18.kiln.agent.v1.BuildSpecR\x04spec\"\xc8\x02\n" +
 	"\rProbeResponse\x12\x1a\n" +
 	"\brunnable\x18\x01 \x01(\bR\brunnable\x12\x1a\n" +
 	"\brefusals\x18\x02 \x03(\tR\brefusals\x12\x18\n" +
@@ -2922,7 +2932,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05slots\x18\x05 \x01(\x05R\x05slots\x12(\n" +
 	"\x10local_base_bytes\x18\x06 \x01(\x03R\x0elocalBaseBytes\x12*\n" +
 	"\x11local_cache_bytes\x18\a \x01(\x03R\x0flocalCacheBytes\x12>\n" +
-	"\rlast_built_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\vlastBuiltAt\"\x10\n" +
+	"\rlast_built_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\vlastBuiltAt\x12!\n" +
+	"\frefusal_code\x18\t \x01(\x05R\vrefusalCode\"\x10\n" +
 	"\x0eGetInfoRequest\"\xf3\x02\n" +
 	"\x0fGetInfoResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
