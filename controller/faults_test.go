@@ -253,3 +253,35 @@ func patchSpec(t *testing.T, b *v1alpha1.Build, change func(*v1alpha1.Build)) {
 	change(after)
 	require.NoError(t, api.Patch(t.Context(), after, client.MergeFrom(before)))
 }
+
+func TestInputThatGoesAwayBetweenPlacementAndStart(t *testing.T) {
+	runController(t, testConfig(t))
+	twin := startAgent(t, 1)
+	twin.Refuse(status.Error(codes.Unavailable, "not now"))
+	ns := namespace(t, nil)
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "s"}, StringData: map[string]string{"k": "v"}}
+	require.NoError(t, api.Create(t.Context(), secret))
+	b := newBuild(ns, "app", "ok")
+	b.Spec.Secrets = []v1alpha1.BuildSecret{{ID: "s", SecretRef: v1alpha1.KeyReference{Name: "s", Key: "k"}}}
+	create(t, b)
+	await(t, b, v1alpha1.ReasonNodeUnreachable)
+	require.NoError(t, api.Delete(t.Context(), secret))
+	got := await(t, b, v1alpha1.ReasonMissingInput)
+	require.Equal(t, `spec.secrets[0].secretRef.name: Secret "s" does not exist`, condition(got).Message)
+	require.Zero(t, twin.Started())
+}
+
+func TestInputThatAppearsInTime(t *testing.T) {
+	runController(t, testConfig(t))
+	twin := startAgent(t, 1)
+	ns := namespace(t, nil)
+	b := newBuild(ns, "app", "ok")
+	b.Spec.Secrets = []v1alpha1.BuildSecret{{ID: "s", SecretRef: v1alpha1.KeyReference{Name: "s", Key: "k"}}}
+	b.Spec.RuntimeClassName = new("userns")
+	create(t, b)
+	await(t, b, v1alpha1.ReasonWaitingForInput)
+	require.NoError(t, api.Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "s"}, StringData: map[string]string{"k": "v"}}))
+	require.Equal(t, "userns", await(t, b, v1alpha1.ReasonSucceeded).Status.Sandbox)
+	_, creds := twin.Build(string(b.UID))
+	require.Equal(t, "v", string(creds.Secrets["s"]))
+}

@@ -112,7 +112,8 @@ func (x *run) order() (*order, error) {
 			x.fail(&v1alpha1.FailureDetails{Reason: v1alpha1.ReasonMissingInput, Message: missing.Error()})
 			return nil, nil
 		}
-		x.goOn(v1alpha1.PhasePending, v1alpha1.ReasonWaitingForInput, fmt.Sprintf("%s; the build fails unless it is made within %s of the build's creation.", missing.Error(), x.Timing.MissingInput))
+		// With a node it stays there: the agent may have the build from an earlier attempt.
+		x.goOn(x.build.Status.Phase, v1alpha1.ReasonWaitingForInput, fmt.Sprintf("%s; the build fails unless it is made within %s of the build's creation.", missing.Error(), x.Timing.MissingInput))
 		x.requeue = min(left, time.Second)
 		return nil, nil
 	case errors.As(err, &invalid):
