@@ -174,8 +174,7 @@ func TestUploadThroughTheAPIServer(t *testing.T) {
 }
 
 func TestPolicyRefusesAtAdmissionAndBehindIt(t *testing.T) {
-	cfg := testConfig(t)
-	runController(t, cfg)
+	first := runController(t, testConfig(t))
 	twin := startAgent(t, 1)
 	gvisor := v1alpha1.SandboxClass("gvisor")
 	policy := &v1alpha1.SandboxPolicy{ObjectMeta: metav1.ObjectMeta{Name: "restricted"}, Spec: v1alpha1.SandboxPolicySpec{
@@ -197,10 +196,13 @@ func TestPolicyRefusesAtAdmissionAndBehindIt(t *testing.T) {
 	require.Equal(t, `spec.runtimeClassName: denied by SandboxPolicy "restricted": sandbox must be gvisor, not userns`, condition(got).Message)
 	require.Zero(t, twin.Started())
 
+	first.stop()
+	cfg := testConfig(t)
 	serveAPIServer(t, cfg)
+	runController(t, cfg)
 	var err error
-	require.True(t, waitFor(90*time.Second, func() bool {
-		// The controller writes the CA within a minute; until then nothing is let in.
+	require.True(t, waitFor(30*time.Second, func() bool {
+		// Until the webhook answers nothing is let in.
 		err = api.Create(t.Context(), asking("refused"))
 		return err != nil && apierrors.IsForbidden(err)
 	}), "%v", err)

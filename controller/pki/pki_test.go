@@ -75,12 +75,12 @@ func TestAgentsAndControllerAcceptEachOtherThroughEveryRotation(t *testing.T) {
 	c := fake.NewClientBuilder().Build()
 	a := authority(c, &now)
 	require.NoError(t, a.Ensure(t.Context()))
-	mounted := secretOf(t, c, names.AgentSecret) // kubelet's copy, some hours old
+	mounted := secretOf(t, c, names.AgentSecret) // kubelet's copy, half a day old
 	first := string(secretOf(t, c, names.CASecret)["tls.crt"])
 	signers, leafs := map[string]bool{}, map[string]bool{}
 	for day := range 800 {
-		for range 4 {
-			now = now.Add(6 * time.Hour)
+		for range 2 {
+			now = now.Add(12 * time.Hour)
 			require.NoError(t, a.Ensure(t.Context()))
 			cfg, err := a.ClientTLS()
 			require.NoError(t, err)
