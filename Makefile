@@ -103,7 +103,7 @@ cluster-deploy: build $(BIN)/kubectl ## Build kiln's images and deploy them to t
 	deploy/overlays/test/deploy.sh $(CLUSTER_DIR)
 
 bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
-	$(GO) run ./bench -kiln $(BIN)/kiln -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)
+	$(GO) run ./bench -kiln $(BIN)/kiln -agent $(BIN)/kiln-agent -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)
 
 clean: ## Remove what was built
 	rm -rf $(BIN) bench/results

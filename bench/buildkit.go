@@ -1,27 +1,21 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"golang.org/x/sys/unix"
 )
 
+// buildkitPeer is a daemon that serves BuildKit's API, with buildctl as its client.
 type buildkitPeer struct {
+	*daemon
 	name, client, addr string
-	daemon             *exec.Cmd
-	log                bytes.Buffer
-	exited             chan error
 	mounted            string // what runsc leaves mounted, if anything
-	start              time.Duration
 }
 
 // runscWrapper lets stock BuildKit drive runsc: `runsc run` knows no --keep, and
@@ -44,7 +38,7 @@ func startBuildKit(gvisor bool) func(context.Context, config, string) (peer, err
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		b := &buildkitPeer{name: "buildkit-runc", client: c.buildctl, addr: "unix://" + filepath.Join(dir, "s"), exited: make(chan error, 1)}
+		b := &buildkitPeer{name: "buildkit-runc", client: c.buildctl, addr: "unix://" + filepath.Join(dir, "s")}
 		runtime := c.runc
 		if gvisor {
 			b.name = "buildkit-runsc"
@@ -58,49 +52,23 @@ func startBuildKit(gvisor bool) func(context.Context, config, string) (peer, err
 		if err := os.WriteFile(conf, nil, 0o600); err != nil {
 			return nil, err
 		}
-		b.daemon = exec.Command(c.buildkitd, "--config", conf, "--root", filepath.Join(dir, "root"), "--addr", b.addr,
+		var err error
+		b.daemon, err = startDaemon(ctx, b.ready, c.buildkitd, "--config", conf, "--root", filepath.Join(dir, "root"), "--addr", b.addr,
 			"--otel-socket-path", filepath.Join(dir, "otel"), "--containerd-worker=false", "--oci-worker=true",
 			"--oci-worker-snapshotter", "overlayfs", "--oci-worker-net", "host", "--oci-worker-binary", runtime)
-		b.daemon.Stdout, b.daemon.Stderr = &b.log, &b.log
-		begin := time.Now()
-		if err := b.daemon.Start(); err != nil {
-			return nil, err
-		}
-		go func() { b.exited <- b.daemon.Wait() }()
-		for {
-			err := command(ctx, nil, b.client, "--addr", b.addr, "debug", "workers")
-			if err == nil {
-				b.start = time.Since(begin)
-				return b, nil
-			}
-			select {
-			case ended := <-b.exited:
-				return nil, fmt.Errorf("buildkitd ended: %w\n%s", ended, b.log.String())
-			case <-ctx.Done():
-				return nil, errors.Join(ctx.Err(), b.Close())
-			case <-time.After(20 * time.Millisecond):
-			}
-			if time.Since(begin) > time.Minute {
-				return nil, errors.Join(fmt.Errorf("buildkitd does not answer: %w", err), b.Close())
-			}
-		}
+		return b, err
 	}
 }
 
-func (b *buildkitPeer) Name() string             { return b.name }
-func (b *buildkitPeer) StartTime() time.Duration { return b.start }
+func (b *buildkitPeer) Name() string { return b.name }
+
+func (b *buildkitPeer) ready(ctx context.Context) error {
+	return command(ctx, nil, b.client, "--addr", b.addr, "debug", "workers")
+}
 
 func (b *buildkitPeer) Close() error {
-	if err := b.daemon.Process.Signal(syscall.SIGTERM); err != nil {
-		return fmt.Errorf("stop buildkitd: %w", err)
-	}
-	select {
-	case <-b.exited:
-	case <-time.After(30 * time.Second):
-		return errors.Join(fmt.Errorf("buildkitd (process %d) does not stop", b.daemon.Process.Pid), b.daemon.Process.Kill())
-	}
-	if b.mounted == "" {
-		return nil
+	if err := b.daemon.Close(); err != nil || b.mounted == "" {
+		return err
 	}
 	if err := unix.Unmount(b.mounted, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s: %w", b.mounted, err)
@@ -128,14 +96,7 @@ func (b *buildkitPeer) Build(ctx context.Context, r request) (usage, error) {
 	if r.push != "" {
 		args = append(args, "--output", "type=image,name="+r.push+",push=true,registry.insecure=true")
 	}
-	// The daemon's high-water mark starts anew with each build.
-	pid := b.daemon.Process.Pid
-	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
-		return usage{}, err
-	}
-	begin := time.Now()
-	err := command(ctx, nil, b.client, args...)
-	return usage{elapsed: time.Since(begin), peak: peakOf(pid)}, err
+	return b.measure(ctx, b.client, args...)
 }
 
 func layoutDigest(dir string) (string, error) {

@@ -37,7 +37,20 @@ func (k *kilnPeer) Reset(context.Context) error {
 func (k *kilnPeer) mkroot() error { return os.MkdirAll(k.root, 0o711) }
 
 func (k *kilnPeer) Build(ctx context.Context, r request) (usage, error) {
-	args := []string{"build", "--root", k.root, "--sandbox", k.sandbox, "--progress", "plain", "--provenance=false"}
+	args := kilnArgs(r, "--root", k.root, "--sandbox", k.sandbox)
+	var peak func() int64
+	begin := time.Now()
+	err := command(ctx, func(pid int) { peak = watchPeak(pid) }, k.program, args...)
+	u := usage{elapsed: time.Since(begin)}
+	if peak != nil {
+		u.peak = peak()
+	}
+	return u, err
+}
+
+// kilnArgs are the arguments of kiln for a request; target says where it builds.
+func kilnArgs(r request, target ...string) []string {
+	args := append([]string{"build", "--progress", "plain", "--provenance=false"}, target...)
 	for name, layout := range r.bases {
 		args = append(args, "--build-context", name+"=oci-layout://"+layout)
 	}
@@ -49,13 +62,5 @@ func (k *kilnPeer) Build(ctx context.Context, r request) (usage, error) {
 	} else {
 		args = append(args, "--output", "type=cacheonly")
 	}
-	args = append(args, r.dir)
-	var peak func() int64
-	begin := time.Now()
-	err := command(ctx, func(pid int) { peak = watchPeak(pid) }, k.program, args...)
-	u := usage{elapsed: time.Since(begin)}
-	if peak != nil {
-		u.peak = peak()
-	}
-	return u, err
+	return append(args, r.dir)
 }

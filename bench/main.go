@@ -14,10 +14,11 @@ import (
 )
 
 type config struct {
-	kiln, buildkitd, buildctl, runc, runsc string
-	out, cache                             string
-	work, peers                            string
-	n                                      int
+	kiln, agent                      string
+	buildkitd, buildctl, runc, runsc string
+	out, cache                       string
+	work, peers                      string
+	n                                int
 }
 
 func env(name, fallback string) string {
@@ -30,6 +31,7 @@ func env(name, fallback string) string {
 func main() {
 	var c config
 	flag.StringVar(&c.kiln, "kiln", env("BENCH_KILN", "bin/kiln"), "kiln `program`")
+	flag.StringVar(&c.agent, "agent", env("BENCH_AGENT", "bin/kiln-agent"), "kiln-agent `program`")
 	flag.StringVar(&c.buildkitd, "buildkitd", env("BENCH_BUILDKITD", "bin/buildkitd"), "BuildKit's daemon")
 	flag.StringVar(&c.buildctl, "buildctl", env("BENCH_BUILDCTL", "bin/buildctl"), "BuildKit's client")
 	flag.StringVar(&c.runc, "runc", env("BENCH_RUNC", "bin/runc"), "runc for BuildKit")
@@ -56,7 +58,7 @@ func run(ctx context.Context, c config) (err error) {
 	if c.n < 1 {
 		return errors.New("-n: give at least 1")
 	}
-	for _, p := range []*string{&c.kiln, &c.buildkitd, &c.buildctl, &c.runc, &c.runsc, &c.out, &c.cache} {
+	for _, p := range []*string{&c.kiln, &c.agent, &c.buildkitd, &c.buildctl, &c.runc, &c.runsc, &c.out, &c.cache} {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return err
 		}

@@ -47,6 +47,8 @@ func peerKinds() []peerKind {
 	return []peerKind{
 		{"kiln-userns", "kiln build --sandbox userns: one process for each build, no daemon", startKiln("userns")},
 		{"kiln-gvisor", "kiln build --sandbox gvisor: one process for each build, no daemon", startKiln("gvisor")},
+		{"agent-buildctl", "kiln-agent as a daemon, sandbox userns, with the same buildctl and arguments as BuildKit", startAgent},
+		{"agent-kiln", "kiln-agent as a daemon, sandbox userns, with kiln build --agent", startAgentCLI},
 		{"buildkit-runc", "stock buildkitd as a daemon, OCI worker with runc, its default host network, steps as the node's root", startBuildKit(false)},
 		{"buildkit-runsc", "the same with runsc by a wrapper that drops run --keep; --overlay2=none --ignore-cgroups --network=host", startBuildKit(true)},
 	}

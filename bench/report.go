@@ -83,6 +83,8 @@ var comparisons = [][2]string{
 	{"kiln-userns", "buildkit-runc"},
 	{"kiln-gvisor", "buildkit-runc"},
 	{"kiln-gvisor", "buildkit-runsc"},
+	{"agent-buildctl", "buildkit-runc"},
+	{"agent-kiln", "buildkit-runc"},
 }
 
 // print writes the table, in Markdown.

@@ -16,7 +16,7 @@ const (
 	chartTop   = 64
 )
 
-var palette = []string{"#0f766e", "#5eead4", "#b45309", "#fcd34d"}
+var palette = []string{"#0f766e", "#5eead4", "#b45309", "#fcd34d", "#4338ca", "#a5b4fc"}
 
 // chart draws a group of bars for each workload. The longest bar of a group has
 // the full width, so that fast and slow work can be read alike.
