@@ -3,6 +3,7 @@
 #   REGISTRY=registry.example.com/kiln TAG=v1 deploy/images/build.sh
 # Without REGISTRY they become OCI archives in bin/images. BIN is the directory of the programs. INSECURE=true pushes over plain HTTP.
 set -euo pipefail
+script=$(realpath "$0")
 cd "$(dirname "$0")/../.."
 root=${KILN_ROOT:-/var/lib/kiln}
 bin=${BIN:-bin}
@@ -12,15 +13,16 @@ mkdir -p "$cache" "$bin/images"
 
 # git and ssh fetch sources, mount prepares the agent's container.
 packages=git,openssh-client,ca-certificates,mount
-if [ ! -e "$cache/agent-rootfs.tar" ]; then
+rootfs=$cache/agent-$(sha256sum "$script" | cut -c1-12).tar
+if [ ! -e "$rootfs" ]; then
 	mmdebstrap --quiet --variant=minbase --include="$packages" \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		bookworm "$cache/part.tar"
-	mv "$cache/part.tar" "$cache/agent-rootfs.tar"
+	mv "$cache/part.tar" "$rootfs"
 fi
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
-ln "$cache/agent-rootfs.tar" "$context/rootfs.tar" 2>/dev/null || cp "$cache/agent-rootfs.tar" "$context/rootfs.tar"
+ln "$rootfs" "$context/rootfs.tar" 2>/dev/null || cp "$rootfs" "$context/rootfs.tar"
 
 image() { # name, context
 	local out="type=oci,dest=$bin/images/$1.tar,name=kiln/$1:$tag"
