@@ -1,6 +1,7 @@
 package pki
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -82,13 +83,17 @@ func TestAgentsAndControllerAcceptEachOtherThroughEveryRotation(t *testing.T) {
 		for range 2 {
 			now = now.Add(12 * time.Hour)
 			require.NoError(t, a.Ensure(t.Context()))
+			current := secretOf(t, c, names.AgentSecret)
+			if day%10 != 0 && bytes.Equal(current["tls.crt"], mounted["tls.crt"]) && bytes.Equal(current["ca.crt"], mounted["ca.crt"]) {
+				continue // Nothing is new.
+			}
 			cfg, err := a.ClientTLS()
 			require.NoError(t, err)
 			cfg.Time = func() time.Time { return now }
 			name, err := shake(peer(t, mounted, now), cfg)
 			require.NoError(t, err, "day %d, with the old Secret", day)
 			require.Equal(t, "kiln-controller", name)
-			mounted = secretOf(t, c, names.AgentSecret)
+			mounted = current
 			_, err = shake(peer(t, mounted, now), cfg)
 			require.NoError(t, err, "day %d, with the new Secret", day)
 		}
