@@ -140,8 +140,6 @@ type Sandboxes struct {
 	Default string `json:"default"`
 	// Enabled lists the classes that builds may use: "gvisor", "userns".
 	Enabled []string `json:"enabled"`
-	// RuncPath is runc for userns; empty: beside this program or on the PATH.
-	RuncPath string `json:"runcPath,omitempty"`
 	// RunscPath is runsc for gvisor; empty: beside this program or on the PATH.
 	RunscPath string `json:"runscPath,omitempty"`
 }

@@ -56,9 +56,6 @@ func (s *Sandboxes) validate(at *field.Path) field.ErrorList {
 		e = append(e, field.Required(at.Child("enabled"), "at least one class"))
 	}
 	e = append(e, oneOf(at.Child("default"), s.Default, s.Enabled)...)
-	if s.RuncPath != "" {
-		e = append(e, absolute(at.Child("runcPath"), s.RuncPath)...)
-	}
 	if s.RunscPath != "" {
 		e = append(e, absolute(at.Child("runscPath"), s.RunscPath)...)
 	}

@@ -34,7 +34,7 @@ func newTestEngine(t *testing.T, class sandbox.Class, frontends ...string) *clie
 	t.Setenv("TMPDIR", os.TempDir())
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	e, err := New(ctx, Config{
-		NodeConfig: NodeConfig{Root: t.TempDir(), Frontends: frontends, RuncPath: repoBin(t, "runc"), RunscPath: repoBin(t, "runsc")},
+		NodeConfig: NodeConfig{Root: filepath.Join(t.TempDir(), "private"), Frontends: frontends, RunscPath: repoBin(t, "runsc")},
 		Sandbox:    class,
 	})
 	require.NoError(t, err)
@@ -148,6 +148,6 @@ func TestOtherFrontendsAreRefused(t *testing.T) {
 		_, _, err := build(t, c, "# syntax="+syntax+"\nFROM scratch\nCOPY a /a\n", map[string]string{"a": ""}, nil)
 		require.ErrorContains(t, err, "is not allowed", syntax)
 	}
-	_, err := New(context.Background(), Config{NodeConfig: NodeConfig{Root: t.TempDir(), Frontends: []string{"some/frontend:tag"}}})
+	_, err := New(context.Background(), Config{NodeConfig: NodeConfig{Root: filepath.Join(t.TempDir(), "private"), Frontends: []string{"some/frontend:tag"}}})
 	require.ErrorContains(t, err, "with a digest")
 }

@@ -14,6 +14,7 @@ import (
 	fscopy "github.com/tonistiigi/fsutil/copy"
 	"golang.org/x/sys/unix"
 
+	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/snapshot"
 	"github.com/kiln-build/kiln/snapshot/nodestore"
 )
@@ -22,9 +23,9 @@ import (
 type NodeConfig struct {
 	// Root is the state directory. The caller holds its lock (snapshot.Lock).
 	Root string
-	// RuncPath and RunscPath are the OCI runtimes of the classes of sandbox. Only
-	// those of classes that are used have to exist.
-	RuncPath, RunscPath string
+	// RunscPath is the OCI runtime of gVisor sandboxes. It has to exist if there are
+	// to be any.
+	RunscPath string
 	// Frontends lists the external front ends that a Dockerfile's syntax line or a
 	// client may name, each as an image reference with a digest. They run in a
 	// sandbox as every step does. The Dockerfile front end is built in.
@@ -92,6 +93,11 @@ func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 	}
 	return n, nil
 }
+
+// Warm starts preparing sandboxes of the given classes, so that the first steps find
+// them, and returns at once. What goes wrong is left to the step that needs a sandbox
+// to tell.
+func (n *Node) Warm(classes ...sandbox.Class) { n.runtimes.warm(classes) }
 
 // Close closes all engines and releases what they share. Nobody may use an engine
 // any more.

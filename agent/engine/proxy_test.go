@@ -22,7 +22,7 @@ import (
 func openTestNode(t *testing.T) *Node {
 	t.Helper()
 	t.Setenv("TMPDIR", os.TempDir())
-	n, err := OpenNode(context.Background(), NodeConfig{Root: t.TempDir(), RuncPath: repoBin(t, "runc"), RunscPath: repoBin(t, "runsc")})
+	n, err := OpenNode(context.Background(), NodeConfig{Root: filepath.Join(t.TempDir(), "private"), RunscPath: repoBin(t, "runsc")})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, n.Close()) })
 	return n

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync"
 
@@ -17,10 +16,12 @@ import (
 )
 
 // runtimes are the sandbox runtimes of a node, made at the first step of their
-// class, so that commands that run none need nothing of the node. All engines
+// class or by warm, so that commands that run no step need nothing of the node. All engines
 // share them: a sandbox that was prepared ahead has seen no input of anyone.
 type runtimes struct {
 	cfg NodeConfig
+	// warming is what makes runtimes that nobody waits for.
+	warming sync.WaitGroup
 
 	// mu guards what follows.
 	mu       sync.Mutex
@@ -41,25 +42,7 @@ func (r *runtimes) get(ctx context.Context, class sandbox.Class) (sandbox.Runtim
 	}
 	// What a runtime prepares outlives the step that needs it first.
 	ctx = context.WithoutCancel(ctx)
-	err := makeSearchable(runDir)
-	if err != nil {
-		return nil, err
-	}
-	if r.networks == nil {
-		if r.networks, err = netns.New(ctx, netns.Config{}); err != nil {
-			return nil, fmt.Errorf("prepare networks: %w", err)
-		}
-	}
-	state := StepsDir(r.cfg.Root, class)
-	var rt sandbox.Runtime
-	switch class {
-	case sandbox.GVisor:
-		rt, err = asRuntime(gvisor.New(ctx, gvisor.Config{RunscPath: r.cfg.RunscPath, StateDir: state, Networks: r.networks}))
-	case sandbox.Userns:
-		rt, err = asRuntime(userns.New(ctx, userns.Config{RuncPath: r.cfg.RuncPath, StateDir: state, Networks: r.networks}))
-	default:
-		_, err = sandbox.ParseClass(string(class))
-	}
+	rt, err := r.make(ctx, class)
 	if err != nil {
 		return nil, err
 	}
@@ -67,8 +50,49 @@ func (r *runtimes) get(ctx context.Context, class sandbox.Class) (sandbox.Runtim
 	return rt, nil
 }
 
+// make makes the runtime of a class, which begins to prepare sandboxes. The caller
+// holds mu.
+func (r *runtimes) make(ctx context.Context, class sandbox.Class) (sandbox.Runtime, error) {
+	var err error
+	if r.networks == nil {
+		if r.networks, err = netns.New(ctx, netns.Config{}); err != nil {
+			return nil, fmt.Errorf("prepare networks: %w", err)
+		}
+	}
+	state := StepsDir(r.cfg.Root, class)
+	switch class {
+	case sandbox.GVisor:
+		rt, err := gvisor.New(ctx, gvisor.Config{RunscPath: r.cfg.RunscPath, StateDir: state, Networks: r.networks})
+		if err != nil {
+			return nil, err
+		}
+		rt.Warm(sandbox.NetworkEgress)
+		return rt, nil
+	case sandbox.Userns:
+		rt, err := userns.New(ctx, userns.Config{StateDir: state, Networks: r.networks})
+		if err != nil {
+			return nil, err
+		}
+		return rt, nil
+	default:
+		_, err := sandbox.ParseClass(string(class))
+		return nil, err
+	}
+}
+
+// warm makes the runtimes of classes in the background, one after another. Errors
+// are left to the steps that need them.
+func (r *runtimes) warm(classes []sandbox.Class) {
+	r.warming.Go(func() {
+		for _, class := range classes {
+			_, _ = r.get(context.Background(), class)
+		}
+	})
+}
+
 // close releases the runtimes and the networks.
 func (r *runtimes) close() error {
+	r.warming.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var errs []error
@@ -85,34 +109,14 @@ func (r *runtimes) close() error {
 // runDir holds what concerns running processes of kiln only.
 const runDir = "/run/kiln"
 
-// makeSearchable lets steps pass through dir, but not list it.
-func makeSearchable(dir string) error {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return fmt.Errorf("make run directory: %w", err)
-	}
-	if err := os.Chmod(dir, 0o711); err != nil {
-		return fmt.Errorf("make run directory searchable: %w", err)
-	}
-	return nil
-}
-
 // StepsDir returns where an engine with the given state directory keeps what its
 // running steps in sandboxes of class use.
 //
-// The roots of steps in user namespaces are mounted in a place of their own: such
-// a step is nobody on the node and could not pass through a state directory that
-// is root's alone. gVisor's files hold what steps write and stay on disk.
+// What steps in user namespaces use is in memory, and gone when the node starts anew.
+// gVisor's files hold what steps write and stay on disk.
 func StepsDir(root string, class sandbox.Class) string {
 	if class == sandbox.Userns {
 		return filepath.Join(runDir, "steps", digest.FromString(root).Encoded()[:16])
 	}
 	return filepath.Join(root, "steps")
-}
-
-// asRuntime keeps a nil pointer from becoming a runtime that is not nil.
-func asRuntime[R sandbox.Runtime](r R, err error) (sandbox.Runtime, error) {
-	if err != nil {
-		return nil, err
-	}
-	return r, nil
 }

@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 
 func beAgent(root string) error {
 	node, err := engine.OpenNode(context.Background(), engine.NodeConfig{
-		Root: root, RuncPath: filepath.Join("..", "..", "bin", "runc"), RunscPath: filepath.Join("..", "..", "bin", "runsc"),
+		Root: root, RunscPath: filepath.Join("..", "..", "bin", "runsc"),
 	})
 	if err != nil {
 		return err
@@ -113,7 +113,6 @@ func startAgent(t *testing.T, root string) (agentv1.BuildServiceClient, func()) 
 
 // TestManyBuildsAtOnce has 32 builds in one agent at once: none is lost.
 func TestManyBuildsAtOnce(t *testing.T) {
-	agenttest.RepoBin(t, "runc")
 	root := t.TempDir()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()

@@ -24,7 +24,7 @@ func newAgent(t *testing.T, root string) agentv1.BuildServiceClient {
 	t.Helper()
 	t.Setenv("TMPDIR", os.TempDir()) // the node changes it
 	node, err := engine.OpenNode(context.Background(), engine.NodeConfig{
-		Root: root, RuncPath: agenttest.RepoBin(t, "runc"), RunscPath: agenttest.RepoBin(t, "runsc"),
+		Root: root, RunscPath: agenttest.RepoBin(t, "runsc"),
 	})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, node.Close()) })

@@ -66,7 +66,7 @@ func outputAgent(t *testing.T, r *receiver) (agentv1.BuildServiceClient, *engine
 	t.Helper()
 	t.Setenv("TMPDIR", os.TempDir())
 	root := t.TempDir()
-	node, err := engine.OpenNode(context.Background(), engine.NodeConfig{Root: root, RuncPath: agenttest.RepoBin(t, "runc")})
+	node, err := engine.OpenNode(context.Background(), engine.NodeConfig{Root: root})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, node.Close()) })
 	return agenttest.Serve(t, agenttest.New(t, nodeengine.New(node), func(c *agent.Config) {

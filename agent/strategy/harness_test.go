@@ -64,15 +64,12 @@ func connect(t *testing.T, class sandbox.Class) *client.Client {
 	t.Setenv("TMPDIR", os.TempDir())
 	bin, err := filepath.Abs("../../bin")
 	require.NoError(t, err)
-	for _, name := range []string{"runc", "runsc"} {
-		_, err := os.Stat(filepath.Join(bin, name))
-		require.NoError(t, err, "run `make build` first")
-	}
+	_, err = os.Stat(filepath.Join(bin, "runsc"))
+	require.NoError(t, err, "run `make build` first")
 	root := t.TempDir()
-	require.NoError(t, os.Chmod(root, 0o711))
 	ctx := context.Background()
 	e, err := engine.New(ctx, engine.Config{
-		NodeConfig: engine.NodeConfig{Root: root, RuncPath: filepath.Join(bin, "runc"), RunscPath: filepath.Join(bin, "runsc")},
+		NodeConfig: engine.NodeConfig{Root: root, RunscPath: filepath.Join(bin, "runsc")},
 		Sandbox:    class,
 	})
 	require.NoError(t, err)

@@ -91,12 +91,11 @@ listeners:
 sandboxes:
   default: userns
   enabled: [userns]
-  runcPath: %[3]s
 builds:
   slots: 2
   minFreeDisk: 10Mi
-%[4]s
-`, dir, listeners, bin(t, "runc"), more)
+%[3]s
+`, dir, listeners, more)
 	require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
 	return file
 }

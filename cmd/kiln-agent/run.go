@@ -44,8 +44,8 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 		return err
 	}
 	down.add(unlock)
-	found := findTools(cfg.Sandboxes)
-	sandboxes, err := checkSandboxes(ctx, cfg, found, log)
+	runsc := findTool(cfg.Sandboxes.RunscPath, "runsc")
+	sandboxes, err := checkSandboxes(ctx, cfg, runsc, log)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
@@ -64,13 +64,14 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	}
 	disk := diskSize(cfg.Root)
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
-		Root: cfg.Root, RuncPath: found.runc, RunscPath: found.runsc, Frontends: cfg.Frontends,
+		Root: cfg.Root, RunscPath: runsc, Frontends: cfg.Frontends,
 		Lender: runtime, Space: space(cfg.GC, disk),
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)
 	}
 	down.add(node.Close)
+	node.Warm(available(sandboxes)...)
 
 	cluster, stopFollowing, err := followPolicies(cfg)
 	if err != nil {

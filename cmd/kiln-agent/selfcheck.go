@@ -22,13 +22,6 @@ import (
 // checkTimeout bounds one check of the node.
 const checkTimeout = 30 * time.Second
 
-// tools are the OCI runtimes of the node; a path is empty when there is none.
-type tools struct{ runc, runsc string }
-
-func findTools(cfg config.Sandboxes) tools {
-	return tools{runc: findTool(cfg.RuncPath, "runc"), runsc: findTool(cfg.RunscPath, "runsc")}
-}
-
 // findTool returns configured, or the program of that name beside this one or on the
 // PATH, or nothing.
 func findTool(configured, name string) string {
@@ -52,7 +45,7 @@ func findTool(configured, name string) string {
 
 // checkSandboxes tries what the enabled classes of sandbox need of the node, and
 // returns how each does, the strongest first. It is an error when none works.
-func checkSandboxes(ctx context.Context, cfg *config.Agent, t tools, log *slog.Logger) ([]*agentv1.SandboxInfo, error) {
+func checkSandboxes(ctx context.Context, cfg *config.Agent, runsc string, log *slog.Logger) ([]*agentv1.SandboxInfo, error) {
 	var enabled []sandbox.Class
 	for _, c := range sandbox.Classes {
 		if slices.Contains(cfg.Sandboxes.Enabled, string(c)) {
@@ -60,7 +53,7 @@ func checkSandboxes(ctx context.Context, cfg *config.Agent, t tools, log *slog.L
 		}
 	}
 	problems := map[sandbox.Class][]string{}
-	for _, check := range doctor.Checks(doctor.Config{Root: cfg.Root, RuncPath: t.runc, RunscPath: t.runsc}) {
+	for _, check := range doctor.Checks(doctor.Config{Root: cfg.Root, RunscPath: runsc}) {
 		needing := intersect(check.Needs, enabled)
 		if len(needing) == 0 {
 			continue
@@ -111,6 +104,17 @@ func explain(name string, err error) string {
 		text += " (" + strings.TrimSuffix(p.Fix, ".") + ")"
 	}
 	return text
+}
+
+// available returns the classes that work.
+func available(infos []*agentv1.SandboxInfo) []sandbox.Class {
+	var out []sandbox.Class
+	for _, c := range sandbox.Classes {
+		if slices.ContainsFunc(infos, func(i *agentv1.SandboxInfo) bool { return i.Available && i.Class == classNumber(c) }) {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 func classNumber(c sandbox.Class) agentv1.SandboxClass {

@@ -22,7 +22,7 @@ func startEngine(ctx context.Context, cfg cli.EngineConfig) (cli.Engine, error) 
 		logrus.SetLevel(logrus.DebugLevel)
 	}
 	e, err := engine.New(ctx, engine.Config{
-		NodeConfig: engine.NodeConfig{Root: cfg.Root, RuncPath: cfg.RuncPath, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends},
+		NodeConfig: engine.NodeConfig{Root: cfg.Root, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends},
 		Sandbox:    cfg.Sandbox,
 	})
 	if err != nil {

@@ -53,16 +53,18 @@ var unique atomic.Int64
 func testConfig(stateDir string) Config { return testConfigOf(os.Getpid(), stateDir) }
 
 func testConfigOf(pid int, stateDir string) Config {
-	return Config{RuncPath: runcPath(), StateDir: stateDir, CgroupParent: fmt.Sprintf("/kiln-test-%d", pid)}
+	return Config{StateDir: stateDir, CgroupParent: fmt.Sprintf("/kiln-test-%d", pid)}
 }
 
-// openDir returns a temporary directory that everyone can search.
+// openDir returns a directory that everyone can search, in one that only root can:
+// a step gets to its trees by descriptors, and needs no way to them.
 func openDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "kiln-userns-")
+	private, err := os.MkdirTemp("", "kiln-userns-") // mode 0700
 	require.NoError(t, err)
-	require.NoError(t, os.Chmod(dir, 0o755))
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(private)) })
+	dir := filepath.Join(private, "dir")
+	require.NoError(t, os.Mkdir(dir, 0o755))
 	return dir
 }
 

@@ -17,9 +17,6 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
-
-	"github.com/kiln-build/kiln/sandbox"
-	"github.com/kiln-build/kiln/sandbox/stepfs"
 )
 
 // removeStepDir removes a step's directory. It never goes into a directory in it:
@@ -306,34 +303,4 @@ func mountSysfs(netns string, back func(error)) (int, error) {
 		return -1, fmt.Errorf("mount sysfs: %w", err)
 	}
 	return fd, nil
-}
-
-// tryOverlay mounts an overlay with shifted IDs below dir, and tells whether the kernel
-// would write to it.
-func tryOverlay(dir string, ns *os.File) (err error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return err
-	}
-	tmp, err := os.MkdirTemp(dir, ".check-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	tree := sandbox.Tree{Upper: filepath.Join(tmp, "fs"), Work: filepath.Join(tmp, "work"), Lower: []string{filepath.Join(tmp, "lower")}}
-	for _, d := range []string{tree.Upper, tree.Work, tree.Lower[0]} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			return err
-		}
-	}
-	target := filepath.Join(tmp, "target")
-	unmount, err := stepfs.Make(tree, target, stepfs.Options{IDMap: &stepfs.IDMap{UserNS: int(ns.Fd()), UID: FirstID, GID: FirstID}})
-	if err != nil {
-		return err
-	}
-	var st unix.Statfs_t
-	err = unix.Statfs(target, &st)
-	if err == nil && st.Flags&unix.ST_RDONLY != 0 {
-		err = errors.New("the overlay is read-only")
-	}
-	return errors.Join(err, unmount())
 }

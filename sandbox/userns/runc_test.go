@@ -36,6 +36,7 @@ func inRunc(t *testing.T, step *sandbox.Step, noNewPrivs, foreign bool, up func(
 	require.NoError(t, err)
 	defer ns.Close()
 	dir := openDir(t)
+	require.NoError(t, os.Chmod(filepath.Dir(dir), 0o711)) // runc has to get to it by its path
 	rootfs := filepath.Join(dir, "rootfs")
 	unmount, err := stepfs.Make(step.Root, rootfs, stepfs.Options{Suid: true, Volatile: true, IDMap: &stepfs.IDMap{UserNS: int(ns.Fd()), UID: first, GID: first}})
 	require.NoError(t, err)

@@ -38,8 +38,6 @@ const DefaultCgroupParent = "/kiln"
 
 // Config says where the runtime finds and keeps things.
 type Config struct {
-	// RuncPath is not used.
-	RuncPath string
 	// StateDir belongs to one runtime.
 	StateDir string
 	// Networks gives steps their network. Without it steps can have none.
@@ -215,27 +213,4 @@ func lockFile(path string) (*os.File, error) {
 		return nil, nil
 	}
 	return nil, err
-}
-
-// Check tells whether this node can run steps of this class. The error is a
-// *sandbox.UnavailableError.
-func Check(ctx context.Context, cfg Config) error {
-	cfg = cfg.withDefaults()
-	missing := func(what, fix string, err error) error {
-		return &sandbox.UnavailableError{Class: sandbox.Userns, Missing: what, Fix: fix, Err: err}
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var caps [2]unix.CapUserData
-	if err := unix.Capget(&header, &caps[0]); err != nil || caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
-		return missing("CAP_SYS_ADMIN", "run as root, or give the agent's container CAP_SYS_ADMIN", err)
-	}
-	ns, err := newUserNS(FirstID)
-	if err != nil {
-		return missing("user namespaces", "set the sysctl user.max_user_namespaces above 0", err)
-	}
-	defer ns.Close()
-	if err := tryOverlay(cfg.StateDir, ns); err != nil {
-		return missing("overlays of idmapped mounts", "use Linux 6.13 or later, and ext4, xfs, btrfs or tmpfs for the state directory", err)
-	}
-	return ctx.Err()
 }

@@ -303,6 +303,24 @@ func TestTerminal(t *testing.T) {
 
 func TestCheck(t *testing.T) {
 	census(t)
-	cfg := testConfig(filepath.Join(openDir(t), "state"))
-	require.NoError(t, Check(context.Background(), cfg))
+	dir := openDir(t)
+	require.NoError(t, os.Chmod(dir, 0o700))
+	require.NoError(t, Check(context.Background(), testConfig(dir)))
+	left, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Empty(t, left)
+}
+
+func TestCheckTellsWhatIsMissing(t *testing.T) {
+	census(t)
+	cfg := testConfig("/proc/self")
+	require.ErrorContains(t, Check(context.Background(), cfg), "make directory for the check")
+
+	// A node that lets nobody make a directory of ID ranges.
+	cfg = testConfig(openDir(t))
+	cfg.UIDRangeDir = "/proc/self/ranges"
+	var missing *sandbox.UnavailableError
+	require.ErrorAs(t, Check(context.Background(), cfg), &missing)
+	require.Equal(t, "a sandbox that starts", missing.Missing)
+	require.NotEmpty(t, missing.Fix)
 }

@@ -55,13 +55,13 @@ func startAgent(t *testing.T, class, more string) *agent {
 	require.NoError(t, os.WriteFile(config, fmt.Appendf(nil, `apiVersion: config.kiln.build/v1alpha1
 kind: AgentConfiguration
 root: %s
-sandboxes: {default: %s, runcPath: %q, runscPath: %q}
+sandboxes: {default: %s, runscPath: %q}
 metrics: {address: %q}
 health: {address: %q}
 listeners:
   unix:
     path: %s
-%s`, filepath.Join(dir, "root"), class, bin(t, "runc"), bin(t, "runsc"), pages, pages, a.socket, more), 0o600))
+%s`, filepath.Join(dir, "root"), class, bin(t, "runsc"), pages, pages, a.socket, more), 0o600))
 	log, err := os.Create(filepath.Join(dir, "log"))
 	require.NoError(t, err)
 	a.cmd = exec.Command(bin(t, "kiln-agent"), "--config", config)

@@ -40,8 +40,8 @@ type EngineConfig struct {
 	Root string
 	// Sandbox is the class of sandbox for steps.
 	Sandbox sandbox.Class
-	// RuncPath and RunscPath are the OCI runtimes that were found, or empty.
-	RuncPath, RunscPath string
+	// RunscPath is the OCI runtime of gVisor sandboxes, or empty when none was found.
+	RunscPath string
 	// Frontends are images of front ends that may run, by digest.
 	Frontends []string
 }

@@ -198,15 +198,15 @@ func TestWriteFileReplacesAtOnce(t *testing.T) {
 }
 
 func TestFindTool(t *testing.T) {
-	t.Setenv("KILN_RUNC", "/some/where")
-	require.Equal(t, "/some/where", findTool("runc"))
-	t.Setenv("KILN_RUNC", "")
+	t.Setenv("KILN_RUNSC", "/some/where")
+	require.Equal(t, "/some/where", findTool("runsc"))
+	t.Setenv("KILN_RUNSC", "")
 	dir := t.TempDir()
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "runc"), nil, 0o755))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "runsc"), nil, 0o755))
 	t.Setenv("PATH", dir)
-	require.Equal(t, filepath.Join(dir, "runc"), findTool("runc"))
+	require.Equal(t, filepath.Join(dir, "runsc"), findTool("runsc"))
 	t.Setenv("PATH", t.TempDir())
-	require.Empty(t, findTool("runc"))
+	require.Empty(t, findTool("runsc"))
 }
 
 // TestMainIsolatesOnce checks the order: a usage error starts nothing, and what

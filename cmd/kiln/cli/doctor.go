@@ -23,7 +23,7 @@ func (a *App) doctorCommand() *cobra.Command {
 			if os.Geteuid() == 0 {
 				_ = a.isolate(&target{})
 			}
-			report := doctor.Run(cmd.Context(), doctor.Config{Root: root, RuncPath: findTool("runc"), RunscPath: findTool("runsc")})
+			report := doctor.Run(cmd.Context(), doctor.Config{Root: root, RunscPath: findTool("runsc")})
 			if err := report.Write(a.Stdout); err != nil {
 				return fmt.Errorf("write report: %w", err)
 			}

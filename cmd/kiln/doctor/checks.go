@@ -37,13 +37,9 @@ func Checks(cfg Config) []Check {
 		{"free disk", nil, func(context.Context) (string, error) { return freeDisk(cfg.Root) }},
 		{"state lock", nil, func(context.Context) (string, error) { return lockHolder(cfg.Root) }},
 		{"overlayfs", all, func(context.Context) (string, error) { return overlay(cfg.Root) }},
-		{"user namespaces", usernsOnly, userNamespaces},
-		{"idmapped mounts", usernsOnly, func(context.Context) (string, error) { return idmapped(cfg.Root) }},
-		{"steps reachable", usernsOnly, func(context.Context) (string, error) { return reachable(stepsDir) }},
-		{"runc", usernsOnly, func(ctx context.Context) (string, error) { return tool(ctx, "runc", cfg.RuncPath) }},
-		{"userns steps", usernsOnly, func(ctx context.Context) (string, error) { return usernsSteps(ctx, cfg) }},
+		{"userns step", usernsOnly, func(ctx context.Context) (string, error) { return usernsStep(ctx, cfg.Root) }},
 		{"runsc", gvisorOnly, func(ctx context.Context) (string, error) { return tool(ctx, "runsc", cfg.RunscPath) }},
-		{"gVisor systrap", gvisorOnly, func(ctx context.Context) (string, error) { return systrap(ctx, cfg.RunscPath) }},
+		{"gVisor sandbox", gvisorOnly, func(ctx context.Context) (string, error) { return gvisorStep(ctx, cfg.RunscPath) }},
 		{"cgroups", nil, cgroups},
 		{"egress network", nil, egress},
 	}
@@ -154,30 +150,6 @@ func stateDir(root string) (string, error) {
 		return root + " will be made", nil
 	}
 	return root, nil
-}
-
-// stepsDir is where the roots of steps in user namespaces are mounted.
-const stepsDir = "/run/kiln/steps"
-
-// reachable tells whether steps of the userns sandbox, whose IDs own nothing, can
-// pass through path.
-func reachable(path string) (string, error) {
-	dir, err := existing(path)
-	if err != nil {
-		return "", problem("make "+path+" a directory.", "%w", err)
-	}
-	for d := dir; ; d = filepath.Dir(d) {
-		st, err := os.Stat(d)
-		if err != nil {
-			return "", problem("make "+path+" a directory that can be read.", "%w", err)
-		}
-		if st.Mode().Perm()&0o001 == 0 {
-			return "", problem("chmod o+x "+d+".", "%s is not searchable for everyone (mode %#o)", d, st.Mode().Perm())
-		}
-		if d == "/" {
-			return dir + " can be searched", nil
-		}
-	}
 }
 
 func freeDisk(root string) (string, error) {

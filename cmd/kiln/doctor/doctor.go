@@ -1,7 +1,7 @@
 // Package doctor checks what kiln needs of a machine.
 //
-// It promises that a check changes nothing that outlives it, ends within its time
-// limit, and that every failure says how to fix it.
+// It promises that a check changes nothing that outlives it but empty lock files below
+// /run/kiln, ends within its time limit, and that every failure says how to fix it.
 package doctor
 
 import (
@@ -23,8 +23,8 @@ const checkTimeout = 20 * time.Second
 type Config struct {
 	// Root is the state directory; it need not exist.
 	Root string
-	// RuncPath and RunscPath are the OCI runtimes, or empty when none was found.
-	RuncPath, RunscPath string
+	// RunscPath is the OCI runtime of gVisor sandboxes, or empty when none was found.
+	RunscPath string
 }
 
 // Check looks at one thing.

@@ -58,7 +58,7 @@ func FuzzReleaseNumbers(f *testing.F) {
 // TestChecksLeaveNothing runs every check on this machine twice.
 func TestChecksLeaveNothing(t *testing.T) {
 	dir := t.TempDir()
-	cfg := Config{Root: filepath.Join(dir, "root"), RuncPath: built(t, "runc"), RunscPath: built(t, "runsc")}
+	cfg := Config{Root: filepath.Join(dir, "root"), RunscPath: built(t, "runsc")}
 	for range 2 {
 		report := Run(context.Background(), cfg)
 		require.True(t, report.Usable())
@@ -85,7 +85,7 @@ func built(t *testing.T, name string) string {
 
 func TestMissingTools(t *testing.T) {
 	report := Run(context.Background(), Config{Root: t.TempDir()})
-	require.False(t, report.Usable())
+	require.True(t, report.Usable(), "userns needs no tool")
 	for _, res := range report {
 		if res.Err == nil {
 			continue
@@ -95,7 +95,7 @@ func TestMissingTools(t *testing.T) {
 		require.NotEmpty(t, p.Fix, res.Check.Name)
 	}
 	require.Contains(t, report.broken(sandbox.GVisor), "runsc")
-	require.Contains(t, report.broken(sandbox.Userns), "runc")
+	require.Empty(t, report.broken(sandbox.Userns))
 }
 
 func TestStateDirectory(t *testing.T) {
@@ -117,13 +117,4 @@ func TestLockHolder(t *testing.T) {
 	_, err = lockHolder(root)
 	require.ErrorContains(t, err, "in use by process")
 	require.NoError(t, unlock())
-}
-
-func TestReachable(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "closed")
-	require.NoError(t, os.Mkdir(dir, 0o700))
-	_, err := reachable(filepath.Join(dir, "steps"))
-	require.ErrorContains(t, err, "not searchable")
-	_, err = reachable("/usr/bin")
-	require.NoError(t, err)
 }

@@ -78,6 +78,10 @@ func elf(arch string) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+// ExitUntold is the exit code of the interpreter when nobody tells it what to do, or
+// no longer.
+const ExitUntold = 125
+
 // Program returns the interpreter for this machine as a sealed file in memory:
 // nobody can change it, whoever executes it.
 func Program() (*os.File, error) {
