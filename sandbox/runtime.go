@@ -13,8 +13,8 @@ type Class string
 const (
 	// GVisor runs a step on gVisor's user-space kernel (runsc).
 	GVisor Class = "gvisor"
-	// Userns runs a step on the node's kernel with runc, in a user namespace
-	// whose ID range no other build on the node has.
+	// Userns runs a step on the node's kernel, in a user namespace whose ID range no
+	// other step on the node has at the same time.
 	Userns Class = "userns"
 )
 
@@ -76,8 +76,11 @@ type Result struct {
 	// ended the process.
 	ExitCode int
 	// OOMKilled is set when the kernel killed a process of the step because its
-	// memory limit was reached.
+	// memory limit was reached, or because the node had no memory left. What the step
+	// wrote may be lost then.
 	OOMKilled bool
+	// Usage is what the step used. It is zero in the result of Exec.
+	Usage Usage
 }
 
 // UnavailableError says that this node cannot run a class of sandbox.

@@ -42,6 +42,9 @@ type Step struct {
 
 	// ShmSize is the size of /dev/shm in bytes; 0 means DefaultShmSize.
 	ShmSize int64
+
+	// Limits bound what the step uses.
+	Limits Limits
 }
 
 // DefaultHostname is the host name of a step that names none. It is the one that
@@ -163,6 +166,9 @@ func (s *Step) Validate() error {
 	case NetworkNone, NetworkEgress:
 	default:
 		return fmt.Errorf("network %q: want %s or %s", s.Network, NetworkNone, NetworkEgress)
+	}
+	if err := s.Limits.validate(); err != nil {
+		return fmt.Errorf("limits: %w", err)
 	}
 	for i, m := range s.Mounts {
 		if err := m.validate(); err != nil {

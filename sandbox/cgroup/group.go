@@ -1,0 +1,195 @@
+package cgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kiln-build/kiln/sandbox"
+)
+
+// Group is a control group in every hierarchy that limits need. Its methods may be
+// called concurrently, except Close.
+type Group struct{ members []member }
+
+// member is the part of a group that is in one hierarchy.
+type member struct {
+	dir *os.File
+	*hierarchy
+}
+
+func (m member) file(name string) string {
+	return filepath.Join(fmt.Sprintf("/proc/self/fd/%d", m.dir.Fd()), name)
+}
+
+// Close lets go of the group. It stays as it is.
+func (g *Group) Close() {
+	for _, m := range g.members {
+		m.dir.Close()
+	}
+	g.members = nil
+}
+
+// Unified returns the directory of the group in the unified hierarchy, which belongs
+// to g, or nil. A process can be born into it.
+func (g *Group) Unified() *os.File {
+	for _, m := range g.members {
+		if m.unified {
+			return m.dir
+		}
+	}
+	return nil
+}
+
+// with returns the part that has a controller.
+func (g *Group) with(controller string) (member, bool) {
+	for _, m := range g.members {
+		if slices.Contains(m.controllers, controller) {
+			return m, true
+		}
+	}
+	return member{}, false
+}
+
+// Doors opens the files through which a thread with no others in its process enters
+// the group by writing "0" to each. Who was born into Unified is in the rest then. It
+// is far faster than Add. The caller closes them.
+func (g *Group) Doors() (doors []*os.File, err error) {
+	for _, m := range g.members {
+		if m.unified {
+			continue
+		}
+		f, err := os.OpenFile(m.file("tasks"), os.O_WRONLY, 0)
+		if err != nil {
+			for _, f := range doors {
+				f.Close()
+			}
+			return nil, fmt.Errorf("open cgroup: %w", err)
+		}
+		doors = append(doors, f)
+	}
+	return doors, nil
+}
+
+// Entrances returns the names of the files, as other processes of root see them, that
+// a process writes "0" to so that processes which that thread starts are in the group;
+// and those to write to so that it is where this process is again.
+func (g *Group) Entrances() (in, out []string) {
+	for _, m := range g.members {
+		name := "tasks"
+		if m.unified {
+			name = "cgroup.procs"
+		}
+		in = append(in, fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), m.dir.Fd(), name))
+		out = append(out, filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), m.mount.Fd()), m.home, name))
+	}
+	return in, out
+}
+
+// Add moves a process with all its threads into the group. What it uses already stays
+// where it is counted.
+func (g *Group) Add(pid int) error {
+	for _, m := range g.members {
+		if err := os.WriteFile(m.file("cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			return fmt.Errorf("move process into cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// MissingError says that the node cannot enforce a limit.
+type MissingError struct {
+	// Controller is the one that is missing.
+	Controller string
+}
+
+func (e *MissingError) Error() string {
+	return fmt.Sprintf("the node has no cgroup controller %q that limits could be set with: enable it in the kernel, and let the agent manage cgroups (a privileged container)", e.Controller)
+}
+
+// ErrInUse is returned by Limit when the group's processes use more memory than they
+// are to be limited to.
+var ErrInUse = errors.New("the sandbox itself needs more memory than the limit")
+
+// period is the time in which a CPU limit holds, in microseconds.
+const period = 100_000
+
+// minQuota is the least that the kernel takes for a period.
+const minQuota = 1000
+
+// Limit sets limits. Those that l does not have stay as they are: no limit for a new
+// group.
+func (g *Group) Limit(l sandbox.Limits) error {
+	if l.CPUMillis > 0 {
+		quota := max(l.CPUMillis*period/1000, minQuota)
+		err := g.set("cpu",
+			[]setting{{name: "cpu.cfs_period_us", value: period}, {name: "cpu.cfs_quota_us", value: quota}},
+			[]setting{{name: "cpu.max", text: fmt.Sprintf("%d %d", quota, period)}})
+		if err != nil {
+			return err
+		}
+	}
+	if l.MemoryBytes > 0 {
+		err := g.set("memory",
+			[]setting{{name: "memory.limit_in_bytes", value: l.MemoryBytes}, {name: "memory.memsw.limit_in_bytes", value: l.MemoryBytes, optional: true}},
+			[]setting{{name: "memory.swap.max", text: "0", optional: true}, {name: "memory.max", value: l.MemoryBytes}})
+		if errors.Is(err, unix.EBUSY) {
+			return ErrInUse
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if l.PIDs > 0 {
+		s := []setting{{name: "pids.max", value: l.PIDs}}
+		return g.set("pids", s, s)
+	}
+	return nil
+}
+
+// setting is a value for a file of a group.
+type setting struct {
+	name  string
+	value int64
+	text  string // instead of value
+	// optional is set for a file that some kernels do not have.
+	optional bool
+}
+
+// set writes settings of a controller, in the terms of the version that it is in.
+func (g *Group) set(controller string, v1, v2 []setting) error {
+	m, ok := g.with(controller)
+	if !ok {
+		return &MissingError{Controller: controller}
+	}
+	settings := v1
+	if m.unified {
+		settings = v2
+	}
+	for _, s := range settings {
+		if s.text == "" {
+			s.text = strconv.FormatInt(s.value, 10)
+		}
+		err := write(m.file(s.name), s.text)
+		if err != nil && !(s.optional && errors.Is(err, fs.ErrNotExist)) {
+			return fmt.Errorf("set limit %s of a step: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+// write writes to a file that exists.
+func write(name, text string) error {
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,90 @@
+package cgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kiln-build/kiln/sandbox"
+)
+
+// Usage returns what the group's processes, also those that have ended, used since it
+// was made, as far as the kernel counts it.
+func (g *Group) Usage() (sandbox.Usage, error) {
+	var u sandbox.Usage
+	var errs []error
+	count := func(controller, v1, v1Key string, v2, v2Key string, unit int64) int64 {
+		m, ok := g.with(controller)
+		if !ok {
+			return 0
+		}
+		name, key, scale := v1, v1Key, int64(1)
+		if m.unified {
+			name, key, scale = v2, v2Key, unit
+		}
+		if name == "" {
+			return 0
+		}
+		n, err := m.count(name, key)
+		errs = append(errs, err)
+		return n * scale
+	}
+	u.Throttled = count("cpu", "cpu.stat", "nr_throttled", "cpu.stat", "nr_throttled", 1)
+	// Version 1 counts nanoseconds, version 2 microseconds.
+	cpu := count("cpuacct", "cpuacct.usage", "", "", "", 1) + count("cpu", "", "", "cpu.stat", "usage_usec", 1000)
+	u.CPU = time.Duration(cpu)
+	u.PeakMemory = count("memory", "memory.max_usage_in_bytes", "", "memory.peak", "", 1)
+	if err := errors.Join(errs...); err != nil {
+		return u, fmt.Errorf("read usage of a step: %w", err)
+	}
+	return u, nil
+}
+
+// OOMKills returns how many processes of the group the kernel has killed because no
+// memory was left, 0 when it does not tell.
+func (g *Group) OOMKills() (int64, error) {
+	m, ok := g.with("memory")
+	if !ok {
+		return 0, nil
+	}
+	name := "memory.oom_control"
+	if m.unified {
+		name = "memory.events"
+	}
+	n, err := m.count(name, "oom_kill")
+	if err != nil {
+		return 0, fmt.Errorf("read usage of a step: %w", err)
+	}
+	return n, nil
+}
+
+// count reads a number: all of a file, or that after key. A file or key that the
+// kernel does not have counts 0.
+func (m member) count(name, key string) (int64, error) {
+	data, err := os.ReadFile(m.file(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return number(string(data), key)
+}
+
+// number finds the number after key at the start of a line, or the one that is all of
+// text when there is no key.
+func number(text, key string) (int64, error) {
+	if key == "" {
+		return strconv.ParseInt(strings.TrimSpace(text), 10, 64)
+	}
+	for line := range strings.Lines(text) {
+		if name, value, _ := strings.Cut(strings.TrimSpace(line), " "); name == key {
+			return strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+		}
+	}
+	return 0, nil
+}
