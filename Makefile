@@ -22,12 +22,13 @@ deps: ## Install the Debian packages that building and testing need
 	@missing=(); for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
 	if [ $${#missing[@]} -gt 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; fi
 
-build: deps kiln $(BIN)/runc $(BIN)/runsc ## Build kiln, runc and runsc into bin/
+build: deps kiln $(BIN)/runc $(BIN)/runsc ## Build kiln, runsc, and runc for tests into bin/
 
 kiln:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
 
-# The OCI runtimes are modules of their own, so that their requirements are not kiln's.
+# runc is what tests compare sandboxes with, and run images in. The OCI runtimes are modules of their
+# own, so that their requirements are not kiln's.
 $(BIN)/runc: tools/runc/go.mod tools/runc/go.sum
 	cd tools/runc && CGO_ENABLED=1 $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)' -o $@ github.com/opencontainers/runc
 

@@ -13,7 +13,7 @@ const agentConfig = `apiVersion: config.kiln.build/v1alpha1
 kind: AgentConfiguration
 root: %s
 listeners: {unix: {path: %s}}
-sandboxes: {default: userns, enabled: [userns], runcPath: %s}
+sandboxes: {default: userns, enabled: [userns]}
 metrics: {address: "0"}
 health: {address: "0"}
 `
@@ -21,11 +21,11 @@ health: {address: "0"}
 // startAgent starts kiln-agent on a socket, with buildctl as its client.
 func startAgent(ctx context.Context, c config, dir string) (peer, error) {
 	root, socket := filepath.Join(dir, "root"), filepath.Join(dir, "s")
-	if err := os.MkdirAll(root, 0o711); err != nil { // see kilnPeer.mkroot
+	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
 	conf := filepath.Join(dir, "agent.yaml")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, agentConfig, root, socket, c.runc), 0o600); err != nil {
+	if err := os.WriteFile(conf, fmt.Appendf(nil, agentConfig, root, socket), 0o600); err != nil {
 		return nil, err
 	}
 	b := &buildkitPeer{name: "agent-buildctl", client: c.buildctl, addr: "unix://" + socket}

@@ -32,9 +32,7 @@ func (k *kilnPeer) Reset(context.Context) error {
 	return k.mkroot()
 }
 
-// mkroot makes the state directory searchable: steps in a user namespace get to
-// their root as nobody of the node.
-func (k *kilnPeer) mkroot() error { return os.MkdirAll(k.root, 0o711) }
+func (k *kilnPeer) mkroot() error { return os.MkdirAll(k.root, 0o700) }
 
 func (k *kilnPeer) Build(ctx context.Context, r request) (usage, error) {
 	args := kilnArgs(r, "--root", k.root, "--sandbox", k.sandbox)

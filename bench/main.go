@@ -76,7 +76,7 @@ func run(ctx context.Context, c config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	if err := os.Chmod(tmp, 0o711); err != nil { // see kilnPeer.mkroot
+	if err := os.Chmod(tmp, 0o711); err != nil { // as the usual places of state directories are
 		return err
 	}
 
