@@ -10,17 +10,9 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
-)
 
-// denied are the destinations that no step may reach through the node, besides
-// the steps' own subnet and the node itself.
-var denied = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"),
-	netip.MustParsePrefix("127.0.0.0/8"),
-	netip.MustParsePrefix("169.254.0.0/16"),
-	netip.MustParsePrefix("224.0.0.0/4"),
-	netip.MustParsePrefix("240.0.0.0/4"),
-}
+	"github.com/kiln-build/kiln/sandbox/egress"
+)
 
 const (
 	offsetSource      = 12 // in the IPv4 header
@@ -71,7 +63,7 @@ func addTable(c *claim, pool netip.Prefix, nameservers []netip.Addr) error {
 	add(forward, to, answers(), accept)
 	add(forward, to, drop)
 	add(forward, from, address(offsetSource, c.prefix, expr.CmpOpNeq), drop)
-	for _, p := range append([]netip.Prefix{pool}, denied...) {
+	for _, p := range append([]netip.Prefix{pool}, egress.DeniedIPv4()...) {
 		add(forward, from, address(offsetDestination, p, expr.CmpOpEq), drop)
 	}
 	add(nat, address(offsetSource, c.prefix, expr.CmpOpEq), []expr.Any{&expr.Masq{}})
