@@ -7,8 +7,7 @@ import (
 	"path/filepath"
 )
 
-// agentConfig is the agent's configuration; its arguments are the root, the socket
-// and runc.
+// agentConfig is the agent's configuration; its arguments are the root and the socket.
 const agentConfig = `apiVersion: config.kiln.build/v1alpha1
 kind: AgentConfiguration
 root: %s
