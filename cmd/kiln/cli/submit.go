@@ -154,7 +154,7 @@ func (a *App) follow(ctx context.Context, c *cluster.Client, name string, archiv
 		if b.Ended() {
 			return ended(a, b, f.quiet)
 		}
-		if err := c.Upload(ctx, name, archive.File); err != nil {
+		if err := c.Upload(ctx, name, archive.File, archive.Size); err != nil {
 			// A source that never comes must not hold its place on the node.
 			return errors.Join(err, c.Cancel(context.WithoutCancel(ctx), name))
 		}

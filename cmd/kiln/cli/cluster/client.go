@@ -34,6 +34,7 @@ type Client struct {
 	namespace string
 	builds    rest.Interface
 	streams   rest.Interface
+	http      *http.Client
 }
 
 // New reads the kubeconfig. It does not connect.
@@ -70,7 +71,10 @@ func New(cfg Config) (*Client, error) {
 	config.GroupVersion = &group
 	// A stream may take as long as the build.
 	config.Timeout = 0
-	if c.streams, err = rest.RESTClientFor(config); err != nil {
+	if c.http, err = rest.HTTPClientFor(config); err != nil {
+		return nil, fmt.Errorf("use kubeconfig: %w", err)
+	}
+	if c.streams, err = rest.RESTClientForConfigAndClient(config, c.http); err != nil {
 		return nil, fmt.Errorf("use kubeconfig: %w", err)
 	}
 	return c, nil

@@ -3,6 +3,7 @@ package cluster
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,9 @@ import (
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protojson"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	buildv1 "github.com/kiln-build/kiln/api/build/v1alpha1"
@@ -17,16 +21,12 @@ import (
 
 func asError[T any](err error, target *T) bool { return errors.As(err, target) }
 
-// Upload sends the archive that the build's source names. It can be sent again
-// after an error.
-func (c *Client) Upload(ctx context.Context, name string, archive io.ReadSeeker) error {
+// Upload sends the archive that the build's source names, which has size bytes. It
+// can be sent again after an error.
+func (c *Client) Upload(ctx context.Context, name string, archive io.ReaderAt, size int64) error {
+	url := c.streams.Put().Namespace(c.namespace).Resource(buildsResource).Name(name).SubResource("upload").URL().String()
 	for failures := 0; ; failures++ {
-		if _, err := archive.Seek(0, io.SeekStart); err != nil {
-			return fmt.Errorf("read archive: %w", err)
-		}
-		// The reader's own Close must not be called: it is read again.
-		err := c.streams.Put().Namespace(c.namespace).Resource(buildsResource).Name(name).SubResource("upload").
-			SetHeader("Content-Type", "application/octet-stream").Body(io.MultiReader(archive)).Do(ctx).Error()
+		err := c.put(ctx, url, io.NewSectionReader(archive, 0, size), size)
 		if err == nil {
 			return nil
 		}
@@ -40,6 +40,39 @@ func (c *Client) Upload(ctx context.Context, name string, archive io.ReadSeeker)
 			return err
 		}
 	}
+}
+
+// maxAnswer bounds the answer to an upload, in bytes.
+const maxAnswer = 64 << 10
+
+// put sends body with its length, which client-go's own requests do not say.
+func (c *Client) put(ctx context.Context, url string, body io.Reader, size int64) error {
+	// The transport closes a body that can be closed; the archive is used again.
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, url, io.NopCloser(body))
+	if err != nil {
+		return err
+	}
+	req.ContentLength = size
+	req.Header.Set("Content-Type", "application/octet-stream")
+	req.Header.Set("Accept", "application/json")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode < http.StatusMultipleChoices {
+		return nil
+	}
+	answer := metav1.Status{}
+	if json.Unmarshal(data, &answer) != nil || answer.Message == "" {
+		return apierrors.NewGenericServerResponse(resp.StatusCode, "put", schema.GroupResource{Group: buildv1.SubresourcesGroup, Resource: buildsResource}, "", string(data), 0, true)
+	}
+	answer.Code = int32(resp.StatusCode)
+	return &apierrors.StatusError{ErrStatus: answer}
 }
 
 // maxEvent bounds a line of the event stream, in bytes. The result of a build with

@@ -156,13 +156,16 @@ func TestUploadIsSentAgain(t *testing.T) {
 			refuse(w, http.StatusServiceUnavailable)
 			return
 		}
+		if r.ContentLength != 7 {
+			t.Errorf("length %d", r.ContentLength)
+		}
 		_, _ = io.Copy(&got, r.Body)
 		answer(w, 200, metav1.Status{Status: "Success"})
 	}))
-	require.NoError(t, c.Upload(context.Background(), "b", strings.NewReader("archive")))
+	require.NoError(t, c.Upload(context.Background(), "b", strings.NewReader("archive"), 7))
 	require.Equal(t, "archive", got.String())
 	c = serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { refuse(w, http.StatusForbidden) }))
-	require.ErrorContains(t, c.Upload(context.Background(), "b", strings.NewReader("archive")), "upload source of build b")
+	require.ErrorContains(t, c.Upload(context.Background(), "b", strings.NewReader("archive"), 7), "upload source of build b")
 }
 
 func TestCancelSetsTheState(t *testing.T) {
