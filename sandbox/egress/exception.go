@@ -28,6 +28,9 @@ var hostName = regexp.MustCompile(`^([a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9])?\.)*[a-
 // ("10.1.2.3:5000", "[fd00::1]:5000").
 func ParseException(s string) (Exception, error) {
 	if prefix, err := netip.ParsePrefix(s); err == nil {
+		if prefix.Addr().Is4In6() {
+			return Exception{}, fmt.Errorf("%q: write it as IPv4", s)
+		}
 		if prefix != prefix.Masked() {
 			return Exception{}, fmt.Errorf("%q has bits set beyond its length; did you mean %q?", s, prefix.Masked())
 		}

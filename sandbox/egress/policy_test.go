@@ -96,7 +96,7 @@ func TestRefusalSaysWhatToDo(t *testing.T) {
 
 func TestExceptionsThatCannotBeRead(t *testing.T) {
 	for _, s := range []string{
-		"", "10.0.0.1/8", "10.0.0.0/33", "127.1", "2130706433", "0x7f000001", "0x7f.1", "host:", "host:0", "host:65536", "host:x", "a b", "fe80::1%eth0",
+		"", "::ffff:127.0.0.0/104", "10.0.0.1/8", "10.0.0.0/33", "127.1", "2130706433", "0x7f000001", "0x7f.1", "host:", "host:0", "host:65536", "host:x", "a b", "fe80::1%eth0",
 		"*.example.com", "http://host", "host/path", "-a", "a:1:2", "127.0.0.1:0", "::1:", "[::1]", "host name:80", "1.2.3.4.5", "é.example",
 	} {
 		_, err := ParseException(s)
