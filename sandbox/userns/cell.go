@@ -9,12 +9,12 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/cgroup"
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 	"github.com/kiln-build/kiln/sandbox/userns/script"
 )
@@ -27,7 +27,7 @@ type cell struct {
 	// network is nil when the cell has its own namespace with nothing in it.
 	network     sandbox.Network
 	nameservers []netip.Addr
-	cgroup      *os.File
+	cgroup      *cgroup.Group
 
 	*child // nil when it was not made
 	conn   *script.Conn
@@ -60,10 +60,10 @@ func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode) (_ *cel
 	if err := r.connectNetwork(ctx, c, mode); err != nil {
 		return nil, err
 	}
-	if c.cgroup, err = r.makeCgroup(c.name); err != nil {
+	if c.cgroup, err = r.cgroups.Make(r.cgroupOf(c)); err != nil {
 		return nil, err
 	}
-	b := birth{flags: namespaces, cgroup: c.cgroup}
+	b := birth{flags: namespaces, cgroup: c.cgroup.Unified()}
 	if c.network == nil {
 		b.flags |= unix.CLONE_NEWNET
 	} else {
@@ -117,16 +117,22 @@ func (r *Runtime) furnish(c *cell) (err error) {
 		return err
 	}
 	defer unix.Close(sysfs)
-	if _, err := c.conn.Run(r.furniture(sysfs, c.network == nil)); err != nil {
+	doors, err := c.cgroup.Doors()
+	if err != nil {
+		return err
+	}
+	defer closeAll(doors)
+	if _, err := c.conn.Run(r.furniture(sysfs, doors, c.network == nil)); err != nil {
 		return fmt.Errorf("set up sandbox: %w", err)
 	}
 	return nil
 }
 
 // furniture returns the script that sets up a cell.
-func (r *Runtime) furniture(sysfs int, loopback bool) *script.Script {
+func (r *Runtime) furniture(sysfs int, doors []*os.File, loopback bool) *script.Script {
 	s := script.New()
-	fds := s.Receive(sysfs)
+	fds := s.Receive(append([]int{sysfs}, descriptors(doors)...)...)
+	enterCgroup(s, fds[1:])
 	become(s)
 	s.For("end with the agent")
 	s.Do(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, int(unix.SIGKILL), 0, 0, 0)
@@ -256,7 +262,8 @@ func (r *Runtime) discard(c *cell) error {
 	c.end()
 	var errs []error
 	if c.cgroup != nil {
-		errs = append(errs, r.removeOwnCgroup(c.name), c.cgroup.Close())
+		c.cgroup.Close()
+		errs = append(errs, r.cgroups.Remove(r.cgroupOf(c)))
 	}
 	if c.network != nil {
 		errs = append(errs, c.network.Release())
@@ -268,34 +275,4 @@ func (r *Runtime) discard(c *cell) error {
 		return fmt.Errorf("release sandbox: %w", err)
 	}
 	return nil
-}
-
-// makeCgroup makes the cgroup of a cell and opens it.
-func (r *Runtime) makeCgroup(name string) (*os.File, error) {
-	dir := filepath.Join(r.cgroupDir(r.cgroupParent()), name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup: %w", err)
-	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open cgroup: %w", err), os.Remove(dir))
-	}
-	return f, nil
-}
-
-// removeOwnCgroup removes the cgroup of a cell that has ended. The kernel may take
-// a moment to notice.
-func (r *Runtime) removeOwnCgroup(name string) error {
-	dir := r.cgroupDir(path.Join(r.cgroupParent(), name))
-	var err error
-	for range 100 {
-		if err = unix.Rmdir(dir); err == nil || errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		if !errors.Is(err, unix.EBUSY) {
-			break
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	return fmt.Errorf("remove cgroup: %w", err)
 }

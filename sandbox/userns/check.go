@@ -49,11 +49,13 @@ func Check(ctx context.Context, cfg Config) (err error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, checkTimeout, fmt.Errorf("no step within %v", checkTimeout))
 	defer cancel()
-	cgroups, err := cgroup2()
+	cgroups, err := openCgroups()
 	if err != nil {
 		return unavailable("the unified cgroup hierarchy (cgroup2)", "Use a kernel that has it, and let the agent mount.", err)
 	}
-	cgroups.Close()
+	if err := cgroups.Close(); err != nil {
+		return fmt.Errorf("userns: close cgroups: %w", err)
+	}
 	if err := runCheck(ctx, Config{StateDir: filepath.Join(dir, "state"), CgroupParent: cfg.CgroupParent, UIDRangeDir: cfg.UIDRangeDir}, root); err != nil {
 		return unavailable("a sandbox that starts", "Run as root, unconfined by seccomp and AppArmor, or use the gvisor sandbox.", err)
 	}

@@ -43,9 +43,11 @@ func (e *entry) run(conn *script.Conn, p *program, streams *streams) error {
 }
 
 // join makes the process behind conn enter the sandbox of another process.
-func (p *program) join(conn *script.Conn, target *os.File, streams *streams) error {
+func (p *program) join(conn *script.Conn, target *os.File, doors []*os.File, streams *streams) error {
 	s := script.New()
-	got := s.Receive(append([]int{int(target.Fd())}, streams.fds()...)...)
+	fds := append([]int{int(target.Fd())}, descriptors(doors)...)
+	got := s.Receive(append(fds, streams.fds()...)...)
+	enterCgroup(s, got[1:len(fds)])
 	s.For("hide memory")
 	s.Do(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 	s.For("enter sandbox")
@@ -53,7 +55,7 @@ func (p *program) join(conn *script.Conn, target *os.File, streams *streams) err
 	become(s)
 	s.For("set umask")
 	s.Do(unix.SYS_UMASK, 0o022)
-	return streams.plug(conn, s, got[1:], p.user.UID, false)
+	return streams.plug(conn, s, got[len(fds):], p.user.UID, false)
 }
 
 // enter adds to s what puts the step's root and mounts in place.

@@ -84,9 +84,9 @@ func (r *Runtime) removeSandboxes(parent string, own bool) {
 	}
 	for _, name := range names {
 		r.killCgroup(path.Join(parent, name))
-		r.removeCgroup(path.Join(parent, name))
+		_ = r.cgroups.Remove(path.Join(parent, name)) // the next runtime tries again
 	}
-	r.removeCgroup(parent)
+	r.cgroups.Tidy(parent)
 }
 
 // claimCgroup makes the cgroup of our sandboxes and locks it for as long as the file is
@@ -181,35 +181,16 @@ func (r *Runtime) killCgroup(name string) {
 	}
 }
 
-// cgroup2 returns a detached mount of the unified cgroup hierarchy.
-func cgroup2() (*os.File, error) {
-	fs, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("open cgroup file system: %w", err)
-	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return nil, fmt.Errorf("make cgroup file system: %w", err)
-	}
-	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("mount cgroup file system: %w", err)
-	}
-	return os.NewFile(uintptr(fd), "cgroup2"), nil
+// cgroupDir returns the directory of a cgroup in the unified hierarchy.
+func (r *Runtime) cgroupDir(name string) string {
+	return filepath.Join(pathOf(r.cgroups.Unified()), name)
 }
-
-// cgroupDir returns the directory of a cgroup.
-func (r *Runtime) cgroupDir(name string) string { return filepath.Join(pathOf(r.cgroups), name) }
 
 // removeCgroups removes the cgroups around those of sandboxes.
 func (r *Runtime) removeCgroups() {
-	r.removeCgroup(r.cgroupParent())
-	r.removeCgroup(r.cfg.CgroupParent)
+	r.cgroups.Tidy(r.cgroupParent())
+	r.cgroups.Tidy(r.cfg.CgroupParent)
 }
-
-// removeCgroup removes an empty cgroup. One that is in use stays, which is what
-// its user wants.
-func (r *Runtime) removeCgroup(name string) { _ = unix.Rmdir(r.cgroupDir(name)) }
 
 // mountState mounts an in-memory file system at dir. The files of a step are
 // short-lived, which disks are slow at.

@@ -57,7 +57,7 @@ func kill(t *testing.T, dir string, cfg Config) (pids []string) {
 
 	_, err = New(context.Background(), cfg)
 	require.ErrorContains(t, err, "in use", "its owner lives")
-	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/*/cgroup.procs"))
+	procs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/unified", cfg.CgroupParent, "*/*/cgroup.procs"))
 	require.NoError(t, err)
 	for _, p := range procs {
 		data, err := os.ReadFile(p)
@@ -88,6 +88,11 @@ func recovered(t *testing.T, cfg Config) {
 	left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*/*/cgroup.procs"))
 	require.NoError(t, err)
 	require.NotEmpty(t, left, "there is nothing to recover")
+	hierarchies := map[string]bool{}
+	for _, l := range left {
+		hierarchies[strings.Split(l, "/")[4]] = true
+	}
+	require.True(t, hierarchies["unified"] && hierarchies["memory"], "%v", hierarchies)
 	r, err := New(context.Background(), cfg)
 	require.NoError(t, err)
 	steps, err := os.ReadDir(filepath.Join(cfg.StateDir, "run/steps"))
@@ -145,7 +150,7 @@ func TestOtherStateDirectories(t *testing.T) {
 
 	other, err := New(context.Background(), testConfig(filepath.Join(dir, "other")))
 	require.NoError(t, err)
-	left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", cfg.CgroupParent, "*"))
+	left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/unified", cfg.CgroupParent, "*"))
 	require.NoError(t, err)
 	left = slices.DeleteFunc(left, func(p string) bool { st, err := os.Stat(p); return err != nil || !st.IsDir() })
 	require.Len(t, left, 2, "those of the runtimes that live")

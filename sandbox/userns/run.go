@@ -135,6 +135,12 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	owned.add(func() error { r.discardLater(c); return nil })
 	owned.add(func() error { c.end(); return nil })
 	owned.add(run.close)
+	if err := c.cgroup.Limit(step.Limits); err != nil {
+		if res, ok := tooSmall(err); ok {
+			return res, nil
+		}
+		return nil, fmt.Errorf("limit step %s: %w", step.ID, err)
+	}
 	streams, err := connect(step.Process, c.ids.first)
 	if err != nil {
 		return nil, fmt.Errorf("prepare step %s: %w", step.ID, err)
@@ -156,6 +162,9 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	}
 	if res, err = supervise(ctx, c.child, step.Process, streams); err != nil {
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
+	}
+	if err := c.account(res); err != nil {
+		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
 	return res, nil
 }
@@ -324,14 +333,19 @@ func (r *Runtime) enter(ctx context.Context, run *running, process sandbox.Proce
 	}
 	target := os.NewFile(uintptr(pidfd), "pidfd")
 	defer target.Close()
-	c, conn, err := r.zygote.make(birth{pid: target, cgroup: run.cell.cgroup})
+	doors, err := run.cell.cgroup.Doors()
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(doors)
+	c, conn, err := r.zygote.make(birth{pid: target, cgroup: run.cell.cgroup.Unified()})
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, conn.Abort)
 	defer stop()
-	err = prog.join(conn, target, streams)
+	err = prog.join(conn, target, doors, streams)
 	if err == nil {
 		err = prog.start(conn, c.proc.Pid, false)
 	}

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/cgroup"
 )
 
 // DefaultUIDRangeDir is where processes of this node agree on who uses which IDs.
@@ -65,9 +66,10 @@ type Runtime struct {
 	lock   *os.File
 	zygote *zygote
 	ranges *ranges
-	// cgroups is a mount of the unified cgroup hierarchy, and claim the cgroup in
-	// it that is ours.
-	cgroups, claim *os.File
+	// cgroups makes the cgroups of sandboxes, and claim is the one around them in
+	// the unified hierarchy.
+	cgroups *cgroup.Node
+	claim   *os.File
 	// template is the spec of a step, of which sandboxes are made.
 	template *specs.Spec
 	filters  *filters
@@ -130,12 +132,12 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	r := &Runtime{cfg: cfg, lock: lock, ranges: newRanges(cfg.UIDRangeDir), facts: newFactCache(), running: map[string]*running{}}
 	r.template = sandbox.BaseSpec(&sandbox.Step{}, sandbox.Process{}, sandbox.UserIDs{}, "", true)
 	r.filters = newFilters(r.template)
-	if r.cgroups, err = cgroup2(); err != nil {
+	if r.cgroups, err = openCgroups(); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			r.cgroups.Close()
+			err = errors.Join(err, r.cgroups.Close())
 		}
 	}()
 	if err := r.recover(); err != nil {
