@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/snapshot"
 	"github.com/kiln-build/kiln/snapshot/nodestore"
 )
@@ -35,6 +36,10 @@ type NodeConfig struct {
 	Lender nodestore.Node
 	// Space bounds what the caches of all domains occupy.
 	Space Space
+	// Fetch says where sources by HTTP and git may come from and which registries may
+	// be reached, by address; nil: anything that this process can reach. A process
+	// may have one open Node with it.
+	Fetch *egress.Policy
 }
 
 // Space bounds disk space, each in bytes; 0 is no bound. The zero value means
@@ -57,6 +62,7 @@ type Node struct {
 	store     *snapshot.Store
 	runtimes  *runtimes
 	hosts     docker.RegistryHosts
+	fetching  *fetching
 
 	// mu guards what follows.
 	mu      sync.Mutex
@@ -69,7 +75,8 @@ type Node struct {
 // OpenNode opens the state in cfg.Root. It sets TMPDIR of this process to a
 // directory below it, so that nothing that a killed process had there outlives
 // the next OpenNode, and its umask to 0: what is in a layer has the mode that the
-// build says.
+// build says. With cfg.Fetch, git on the PATH and http.DefaultClient are this
+// process's to fetch for builds until Close.
 func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 	if cfg.Root, err = checkedRoot(cfg.Root); err != nil {
 		return nil, err
@@ -85,9 +92,12 @@ func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 	if n.store, err = snapshot.Open(ctx, filepath.Join(cfg.Root, "store")); err != nil {
 		return nil, err
 	}
+	if n.fetching, err = openFetching(filepath.Join(cfg.Root, "tmp", "git"), cfg.Fetch); err != nil {
+		return nil, errors.Join(err, n.store.Close())
+	}
 	n.runtimes = newRuntimes(cfg)
 	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
-	n.hosts = resolver.NewRegistryConfig(nil)
+	n.hosts = n.fetching.hosts(resolver.NewRegistryConfig(nil))
 	if cfg.Lender != nil {
 		n.hosts = nodestore.Lending(n.hosts, cfg.Lender, nil)
 	}
@@ -114,7 +124,7 @@ func (n *Node) Close() error {
 		errs = append(errs, open.engine.Close())
 	}
 	n.engines = nil
-	return errors.Join(append(errs, n.runtimes.close(), n.store.Close())...)
+	return errors.Join(append(errs, n.runtimes.close(), n.fetching.close(), n.store.Close())...)
 }
 
 // checkedRoot returns root as an absolute path, and refuses one that cannot be

@@ -118,7 +118,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		GCPolicy:        gcPolicy(n.cfg.Root, n.cfg.Space),
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
 		Executor:        newStepExecutor(n.runtimes, d.Sandbox),
-		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, store.Snapshots(), snapshot.Namespace, nil),
+		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil),
 		ContentStore:    content,
 		ImageStore:      images,
 		Applier:         apply.NewFileSystemApplier(content),
@@ -131,6 +131,9 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 	})
 	if err != nil {
 		return nil, fmt.Errorf("assemble worker: %w", err)
+	}
+	if err := n.fetching.sources(w); err != nil {
+		return nil, err
 	}
 	return w, nil
 }

@@ -1,66 +1,22 @@
 package egress
 
 import (
-	"context"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
-	"strings"
 	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
-	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/kiln-build/kiln/sandbox/egress/egresstest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-// names is a resolver that asks a name server of the test, which calls answer for
-// the address of a name.
-func names(t *testing.T, answer func(name string) netip.Addr) *net.Resolver {
-	t.Helper()
-	server, err := net.ListenPacket("udp", "127.0.0.1:0")
-	require.NoError(t, err)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := make([]byte, 1500)
-		for {
-			n, from, err := server.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			var m dnsmessage.Message
-			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
-				continue
-			}
-			q := m.Questions[0]
-			m.Response = true
-			m.Additionals = nil
-			if a := answer(strings.TrimSuffix(q.Name.String(), ".")); !a.IsValid() {
-				m.RCode = dnsmessage.RCodeNameError
-			} else if h := (dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class}); q.Type == dnsmessage.TypeA && a.Is4() {
-				m.Answers = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.AResource{A: a.As4()}}}
-			} else if q.Type == dnsmessage.TypeAAAA && a.Is6() {
-				m.Answers = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}}}
-			}
-			if out, err := m.Pack(); err == nil {
-				_, _ = server.WriteTo(out, from)
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		server.Close()
-		<-done
-	})
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "udp", server.LocalAddr().String())
-	}}
-}
 
 // web is a server on loopback that counts requests, and its port.
 func web(t *testing.T, h http.HandlerFunc) (port string, asked *atomic.Int32) {
@@ -119,7 +75,7 @@ func TestExceptionConnects(t *testing.T) {
 
 func TestNamesOfDeniedAddresses(t *testing.T) {
 	port, asked := web(t, hello)
-	p := &Policy{Resolver: names(t, func(name string) netip.Addr {
+	p := &Policy{Resolver: egresstest.Names(t, func(name string) netip.Addr {
 		return map[string]netip.Addr{
 			"four.example": netip.MustParseAddr("127.0.0.1"), "six.example": netip.MustParseAddr("::1"), "mapped.example": netip.MustParseAddr("::ffff:127.0.0.1"),
 		}[name]
@@ -144,7 +100,7 @@ func TestNamesOfDeniedAddresses(t *testing.T) {
 func TestRebinding(t *testing.T) {
 	port, asked := web(t, hello)
 	var lookups atomic.Int32
-	p := &Policy{Resolver: names(t, func(string) netip.Addr {
+	p := &Policy{Resolver: egresstest.Names(t, func(string) netip.Addr {
 		if lookups.Add(1) <= 2 { // A and AAAA
 			return netip.MustParseAddr("93.184.216.34")
 		}

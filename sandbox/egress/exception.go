@@ -91,9 +91,8 @@ func (e Exception) covers(host string, to netip.AddrPort) bool {
 	if e.host != "" {
 		return e.host == canonical(host)
 	}
-	// A wrapped address is not what the exception says, except that the kernel
-	// takes a mapped one for IPv4.
-	return e.prefix.Contains(to.Addr().WithZone("").Unmap())
+	// A wrapped address is not what the exception says.
+	return e.prefix.Contains(to.Addr().WithZone(""))
 }
 
 func single(a netip.Addr) netip.Prefix {

@@ -38,7 +38,7 @@ func (e *DeniedError) Error() string {
 	if e.Host != "" {
 		to = fmt.Sprintf("%s (%s)", e.Host, to)
 	}
-	a := e.Address.Addr().WithZone("").Unmap()
+	a := e.Address.Addr().WithZone("")
 	return fmt.Sprintf("connection to %s denied for builds: %s is %s; to allow it, an administrator adds %q or %q to fetch.allow in the configuration of the agent",
 		to, e.Range.Prefix, e.Range.What, e.Address, netip.PrefixFrom(a, a.BitLen()))
 }
@@ -56,6 +56,8 @@ func (p *Policy) Check(host string, to netip.AddrPort) error {
 	if _, err := netip.ParseAddr(host); err == nil {
 		host = "" // the address says the same
 	}
+	// The kernel takes a mapped address for the IPv4 address that it is.
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	for _, e := range p.Exceptions {
 		if e.covers(host, to) {
 			return nil
@@ -74,7 +76,7 @@ func (p *Policy) Check(host string, to netip.AddrPort) error {
 			return deny(r)
 		}
 		for _, o := range own {
-			if o.WithZone("").Unmap() == a.Unmap() {
+			if o.WithZone("").Unmap() == a {
 				return deny(Range{single(a), thisHost})
 			}
 		}

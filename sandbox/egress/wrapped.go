@@ -13,8 +13,7 @@ type wrapping struct {
 }
 
 var wrappings = []wrapping{
-	// Mapped, compatible and translated addresses.
-	{netip.MustParsePrefix("::ffff:0:0/96"), last, false},
+	// Compatible and translated addresses.
 	{netip.MustParsePrefix("::/96"), last, false},
 	{netip.MustParsePrefix("::ffff:0:0:0/96"), last, false},
 	// NAT64: the well-known prefix, and the one for local use in each of the
@@ -36,8 +35,8 @@ var localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")
 // last are the offsets of the last 32 bits.
 var last = [4]int{12, 13, 14, 15}
 
-// readings returns the addresses that a may mean: itself, without a zone, and
-// every IPv4 address that it wraps.
+// readings returns the addresses that a, which is not a mapped one, may mean: itself,
+// without a zone, and every IPv4 address that it wraps.
 func readings(a netip.Addr) []netip.Addr {
 	a = a.WithZone("")
 	out := []netip.Addr{a}

@@ -1,0 +1,128 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/solver"
+	"github.com/moby/buildkit/source"
+	gitsource "github.com/moby/buildkit/source/git"
+	httpsource "github.com/moby/buildkit/source/http"
+	"github.com/moby/buildkit/util/gitutil"
+	"github.com/moby/buildkit/util/tracing"
+	"github.com/moby/buildkit/worker/base"
+
+	"github.com/kiln-build/kiln/sandbox/egress"
+	"github.com/kiln-build/kiln/sandbox/egress/gitcmd"
+)
+
+// fetching makes what the engines of a node fetch obey a policy: sources by HTTP and
+// git, and registries with their tokens. A nil one changes nothing.
+type fetching struct {
+	policy    *egress.Policy
+	transport *http.Transport
+	client    *http.Client
+	// before is what http.DefaultClient was.
+	before *http.Client
+	git    *gitcmd.Installed
+}
+
+// openFetching changes this process: git on the PATH and http.DefaultClient become
+// those that policy holds for. dir is for files of git.
+func openFetching(dir string, policy *egress.Policy) (*fetching, error) {
+	if policy == nil {
+		return nil, nil
+	}
+	git, err := gitcmd.Install(dir, policy)
+	if err != nil {
+		return nil, fmt.Errorf("restrict what git fetches: %w", err)
+	}
+	f := &fetching{policy: policy, transport: policy.Transport(), before: http.DefaultClient, git: git}
+	f.client = &http.Client{Transport: tracing.NewTransport(f.transport)}
+	// The library of registries takes this one for layers whose manifest names URLs.
+	http.DefaultClient = f.client
+	return f, nil
+}
+
+func (f *fetching) close() error {
+	if f == nil {
+		return nil
+	}
+	if http.DefaultClient == f.client {
+		http.DefaultClient = f.before
+	}
+	f.transport.CloseIdleConnections()
+	return f.git.Close()
+}
+
+// hosts returns registries whose requests obey the policy, those for tokens too: the
+// registry's client makes them. The given hosts must have no settings of TLS.
+func (f *fetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts {
+	if f == nil {
+		return hosts
+	}
+	return func(host string) ([]docker.RegistryHost, error) {
+		found, err := hosts(host)
+		if err != nil {
+			return nil, err
+		}
+		out := slices.Clone(found)
+		for i := range out {
+			out[i].Client = f.client
+		}
+		return out, nil
+	}
+}
+
+// sources gives a worker sources that obey the policy in place of its own.
+func (f *fetching) sources(w *base.Worker) error {
+	if f == nil {
+		return nil
+	}
+	h, err := httpsource.NewSource(httpsource.Opt{CacheAccessor: w.CacheMgr, Transport: f.client.Transport})
+	if err != nil {
+		return fmt.Errorf("make HTTP source: %w", err)
+	}
+	w.HTTPSource = h
+	w.SourceManager.Register(h)
+	if w.GitSource != nil {
+		w.SourceManager.Register(gitSource{w.GitSource, f.policy})
+	}
+	return nil
+}
+
+// gitSource tells early, and in words, what git would be kept from: for HTTPS git
+// shows no more of it than a number.
+type gitSource struct {
+	*gitsource.Source
+	policy *egress.Policy
+}
+
+// Resolve implements source.Source.
+func (s gitSource) Resolve(ctx context.Context, id source.Identifier, sm *session.Manager, vtx solver.Vertex) (source.SourceInstance, error) {
+	if git, ok := id.(*gitsource.GitIdentifier); ok {
+		if err := s.check(ctx, git.Remote); err != nil {
+			return nil, err
+		}
+	}
+	return s.Source.Resolve(ctx, id, sm, vtx)
+}
+
+func (s gitSource) check(ctx context.Context, remote string) error {
+	u, err := gitutil.ParseURL(remote)
+	if err != nil {
+		return nil // git refuses it in its own words
+	}
+	to := &url.URL{Scheme: u.Scheme, Host: u.Host}
+	var denied *egress.DeniedError
+	if err := s.policy.CheckURL(ctx, to); errors.As(err, &denied) {
+		return fmt.Errorf("fetch from git: %w", denied)
+	}
+	return ctx.Err()
+}
