@@ -36,6 +36,8 @@ type Agent struct {
 	Records Records `json:"records"`
 	// Uploads bounds sources that clients upload.
 	Uploads Uploads `json:"uploads"`
+	// Fetch bounds what the agent itself connects to for a build.
+	Fetch Fetch `json:"fetch,omitzero"`
 	// NodeRuntime is the container runtime that lends and receives layers.
 	NodeRuntime NodeRuntime `json:"nodeRuntime"`
 	// Tracing sends spans to a collector.
@@ -281,6 +283,18 @@ type Uploads struct {
 	MaxCount int `json:"maxCount"`
 	// TTL is how long one is kept that no build names; at most 1h.
 	TTL Duration `json:"ttl"`
+}
+
+// Fetch bounds, by address, where sources by HTTP and git come from, and which
+// registries are reached. Never reached are the node's loopback and its other
+// addresses, link-local addresses with metadata services, multicast, and the address
+// that Pods have of the Kubernetes API server.
+type Fetch struct {
+	// Allow has exceptions: "10.1.0.0/16", "10.1.2.3:5000", "registry.internal:5000". A
+	// host name may then lead to any address.
+	Allow []string `json:"allow,omitempty"`
+	// DenyPrivate denies the addresses of private networks, such as 10.0.0.0/8, too.
+	DenyPrivate bool `json:"denyPrivate,omitempty"`
 }
 
 // NodeRuntime is the container runtime next to the agent.

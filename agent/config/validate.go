@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
 // Values that fields of text may have.
@@ -44,6 +45,11 @@ func (c *Agent) validate() field.ErrorList {
 	e = append(e, c.validateSizes()...)
 	e = append(e, c.validateTenants(field.NewPath("tenants"))...)
 	e = append(e, c.validateKept()...)
+	for i, s := range c.Fetch.Allow {
+		if _, err := egress.ParseException(s); err != nil {
+			e = append(e, field.Invalid(field.NewPath("fetch", "allow").Index(i), s, err.Error()))
+		}
+	}
 	e = append(e, c.validateHTTP()...)
 	e = append(e, oneOf(field.NewPath("logging", "level"), c.Logging.Level, logLevels)...)
 	e = append(e, oneOf(field.NewPath("logging", "format"), c.Logging.Format, logFormats)...)

@@ -62,10 +62,14 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	if runtime != nil {
 		down.add(runtime.Close)
 	}
+	fetch, err := fetchPolicy(cfg.Fetch)
+	if err != nil {
+		return err
+	}
 	disk := diskSize(cfg.Root)
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
 		Root: cfg.Root, RunscPath: runsc, Frontends: cfg.Frontends,
-		Lender: runtime, Space: space(cfg.GC, disk),
+		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch,
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)

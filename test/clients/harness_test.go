@@ -58,6 +58,7 @@ root: %s
 sandboxes: {default: %s, runscPath: %q}
 metrics: {address: %q}
 health: {address: %q}
+fetch: {allow: [127.0.0.1/32]}
 listeners:
   unix:
     path: %s
