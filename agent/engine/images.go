@@ -25,9 +25,13 @@ type imageStore struct {
 }
 
 func newImageStore(store *snapshot.Store, d Domain) *imageStore {
+	var blobs content.Store = store.DB.ContentStore()
+	if d.Tenant != "" { // the only user of a store has it for itself
+		blobs = newDomainContent(blobs, d)
+	}
 	return &imageStore{
 		images:  ctdmetadata.NewImageStore(store.DB),
-		content: containerdsnapshot.NewContentStore(store.DB.ContentStore(), snapshot.Namespace),
+		content: containerdsnapshot.NewContentStore(blobs, snapshot.Namespace),
 		prefix:  d.key() + "|",
 	}
 }
