@@ -47,7 +47,7 @@ func TestAnEngineThatIsStuckKeepsNoBuild(t *testing.T) {
 	j := &job{key: record.Key{Tenant: "a", ID: "one"}, spec: spec}
 	j.writer.Store(w)
 	session := &stuckSession{closed: make(chan struct{}), ended: make(chan struct{})}
-	s := &solver{cfg: Config{Engines: session, Platforms: []string{"linux/amd64"}, Logger: slog.New(slog.DiscardHandler), Now: time.Now}, patience: 10 * time.Millisecond}
+	s := &solver{cfg: Config{Engines: session, Policy: RulePolicy(func(string) TenantRules { return TenantRules{} }), Platforms: []string{"linux/amd64"}, Logger: slog.New(slog.DiscardHandler), Now: time.Now}, patience: 10 * time.Millisecond}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(&failure.Cancelled{Reason: "enough"})
 	result := s.Run(ctx, j)
