@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"sync"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/gvisor"
 	"github.com/kiln-build/kiln/sandbox/netns"
@@ -106,17 +104,11 @@ func (r *runtimes) close() error {
 	return errors.Join(errs...)
 }
 
-// runDir holds what concerns running processes of kiln only.
-const runDir = "/run/kiln"
-
 // StepsDir returns where an engine with the given state directory keeps what its
-// running steps in sandboxes of class use.
-//
-// What steps in user namespaces use is in memory, and gone when the node starts anew.
-// gVisor's files hold what steps write and stay on disk.
+// running steps in sandboxes of class use. Steps need no way through it.
 func StepsDir(root string, class sandbox.Class) string {
 	if class == sandbox.Userns {
-		return filepath.Join(runDir, "steps", digest.FromString(root).Encoded()[:16])
+		return filepath.Join(root, "userns")
 	}
 	return filepath.Join(root, "steps")
 }
