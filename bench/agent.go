@@ -15,6 +15,7 @@ listeners: {unix: {path: %s}}
 sandboxes: {default: userns, enabled: [userns]}
 metrics: {address: "0"}
 health: {address: "0"}
+fetch: {allow: [127.0.0.1/32]}
 `
 
 // startAgent starts kiln-agent on a socket, with buildctl as its client.

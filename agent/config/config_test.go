@@ -107,6 +107,7 @@ func TestRefused(t *testing.T) {
 		{"reserved more than used", head + "gc: {reserved: 70%, maxUsed: 60%}\n", "gc.reserved"},
 		{"duration that is a number", head + "records: {maxAge: 7}\n", "records.maxAge"},
 		{"upload kept too long", head + "uploads: {ttl: 2h}\n", "uploads.ttl"},
+		{"denied host name", head + "fetch: {deny: [10.0.0.0/8, kubernetes]}\n", "fetch.deny[1]"},
 		{"exception that is no address", head + "fetch: {allow: [a, \"http://b\"]}\n", "fetch.allow[1]"},
 		{"exception with bits beyond its length", head + "fetch: {allow: [10.0.0.1/8]}\n", `did you mean "10.0.0.0/8"?`},
 		{"relative socket", head + "nodeRuntime: {socket: unix:///x}\n", "nodeRuntime.socket"},

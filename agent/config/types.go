@@ -290,6 +290,8 @@ type Uploads struct {
 // addresses, link-local addresses with metadata services, multicast, and the address
 // that Pods have of the Kubernetes API server.
 type Fetch struct {
+	// Deny has more CIDRs, such as those of the cluster's Pods and Services.
+	Deny []string `json:"deny,omitempty"`
 	// Allow has exceptions: "10.1.0.0/16", "10.1.2.3:5000", "registry.internal:5000". A
 	// host name may then lead to any address.
 	Allow []string `json:"allow,omitempty"`

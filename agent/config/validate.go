@@ -45,6 +45,11 @@ func (c *Agent) validate() field.ErrorList {
 	e = append(e, c.validateSizes()...)
 	e = append(e, c.validateTenants(field.NewPath("tenants"))...)
 	e = append(e, c.validateKept()...)
+	for i, s := range c.Fetch.Deny {
+		if _, err := egress.ParseRange(s, ""); err != nil {
+			e = append(e, field.Invalid(field.NewPath("fetch", "deny").Index(i), s, err.Error()))
+		}
+	}
 	for i, s := range c.Fetch.Allow {
 		if _, err := egress.ParseException(s); err != nil {
 			e = append(e, field.Invalid(field.NewPath("fetch", "allow").Index(i), s, err.Error()))

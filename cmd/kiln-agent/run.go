@@ -62,7 +62,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	if runtime != nil {
 		down.add(runtime.Close)
 	}
-	fetch, err := fetchPolicy(cfg.Fetch)
+	fetch, err := fetchPolicy(ctx, cfg.Fetch)
 	if err != nil {
 		return err
 	}

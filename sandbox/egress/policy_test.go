@@ -48,6 +48,18 @@ func TestAddresses(t *testing.T) {
 	require.Error(t, world().Check("", netip.AddrPort{}))
 }
 
+func TestParseRange(t *testing.T) {
+	for s, want := range map[string]string{"10.0.0.0/8": "10.0.0.0/8", "10.1.2.3": "10.1.2.3/32", "fd00::1": "fd00::1/128", "::ffff:10.1.2.3": "10.1.2.3/32"} {
+		r, err := ParseRange(s, "x")
+		require.NoError(t, err)
+		require.Equal(t, Range{netip.MustParsePrefix(want), "x"}, r)
+	}
+	for _, s := range []string{"", "host", "10.0.0.1/8", "10.1.2.3:80"} {
+		_, err := ParseRange(s, "x")
+		require.Error(t, err, s)
+	}
+}
+
 func TestPrivateNetworksCanBeDenied(t *testing.T) {
 	p := world()
 	p.DenyPrivate = true

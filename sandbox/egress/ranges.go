@@ -1,6 +1,9 @@
 package egress
 
-import "net/netip"
+import (
+	"fmt"
+	"net/netip"
+)
 
 // Range is a set of addresses with one meaning.
 type Range struct {
@@ -59,4 +62,13 @@ func DeniedIPv4() []netip.Prefix {
 		}
 	}
 	return out
+}
+
+// ParseRange reads a CIDR or an address; what says what its addresses are.
+func ParseRange(s, what string) (Range, error) {
+	e, err := ParseException(s)
+	if err != nil || e.host != "" || e.port != 0 {
+		return Range{}, fmt.Errorf(`%q: want a CIDR or an IP address, such as "10.96.0.0/12"`, s)
+	}
+	return Range{Prefix: e.prefix, What: what}, nil
 }
