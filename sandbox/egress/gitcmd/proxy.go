@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/url"
 	"sync"
 	"time"
 
@@ -20,7 +21,9 @@ const headerTimeout = 30 * time.Second
 
 // proxy is an HTTP proxy that connects by a policy. It serves git's namespace only.
 type proxy struct {
-	policy    *egress.Policy
+	policy *egress.Policy
+	// upstream returns the proxy that a request has to use, nil for none.
+	upstream  func(*http.Request) (*url.URL, error)
 	server    *http.Server
 	transport *http.Transport
 	served    chan struct{}
@@ -32,7 +35,7 @@ type proxy struct {
 
 // startProxy serves l until close.
 func startProxy(l net.Listener, policy *egress.Policy) *proxy {
-	p := &proxy{policy: policy, transport: policy.Transport(), served: make(chan struct{})}
+	p := &proxy{policy: policy, upstream: http.ProxyFromEnvironment, transport: policy.Transport(), served: make(chan struct{})}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	forward := &httputil.ReverseProxy{
 		Rewrite:       func(r *httputil.ProxyRequest) { r.Out.Host = r.In.Host },
@@ -89,7 +92,7 @@ func (p *proxy) refuse(w http.ResponseWriter, host string, err error) {
 func (p *proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 	p.tunnels.Add(1)
 	defer p.tunnels.Done()
-	there, err := p.policy.DialContext(r.Context(), "tcp", r.Host)
+	there, err := p.dial(r, r.Host)
 	if err != nil {
 		p.refuse(w, r.Host, err)
 		return

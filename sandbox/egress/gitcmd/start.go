@@ -123,6 +123,7 @@ func connect(s settings, args []string) error {
 	if err != nil {
 		return fmt.Errorf("connect for git: %w", err)
 	}
+	req.Header.Set(directHeader, "1")
 	if err := req.Write(conn); err != nil {
 		return fmt.Errorf("ask proxy of git: %w", err)
 	}
