@@ -79,6 +79,9 @@ type Result struct {
 	// memory limit was reached, or because the node had no memory left. What the step
 	// wrote may be lost then.
 	OOMKilled bool
+	// PIDsReached is set when a process or thread of the step could not be started
+	// because its limit of them was reached.
+	PIDsReached bool
 	// Usage is what the step used. It is zero in the result of Exec.
 	Usage Usage
 }

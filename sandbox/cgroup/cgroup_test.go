@@ -133,7 +133,7 @@ func inVersion2(t *testing.T, files map[string]string) *Group {
 func TestVersion2(t *testing.T) {
 	g := inVersion2(t, map[string]string{
 		"cpu.max": "", "memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.stat": "usage_usec 2500\nnr_throttled 4\n",
-		"memory.peak": "4096\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 1\noom_kill 2\n",
+		"memory.peak": "4096\n", "pids.events": "max 5\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 1\noom_kill 2\n",
 	})
 	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: 500, MemoryBytes: 1 << 20, PIDs: 9}))
 	for name, want := range map[string]string{"cpu.max": "50000 100000", "memory.max": "1048576", "memory.swap.max": "0", "pids.max": "9"} {
@@ -144,9 +144,10 @@ func TestVersion2(t *testing.T) {
 	u, err := g.Usage()
 	require.NoError(t, err)
 	require.Equal(t, sandbox.Usage{CPU: 2500 * time.Microsecond, PeakMemory: 4096, Throttled: 4}, u)
-	kills, err := g.OOMKills()
+	kills, refused, err := g.Events()
 	require.NoError(t, err)
 	require.EqualValues(t, 2, kills)
+	require.EqualValues(t, 5, refused)
 }
 
 func TestMissingControllers(t *testing.T) {
@@ -162,12 +163,12 @@ func TestMissingControllers(t *testing.T) {
 	require.ErrorAs(t, g.Limit(sandbox.Limits{PIDs: 1}), &missing)
 	_, err = g.Usage()
 	require.NoError(t, err)
-	kills, err := g.OOMKills()
+	kills, refused, err := g.Events()
 	require.NoError(t, err)
-	require.Zero(t, kills)
+	require.Zero(t, kills+refused)
 }
 
-// TestDoorsAndEntrances has a process enter and leave as a thread.
+// TestDoorsAndEntrances has a process enter and leave.
 func TestDoorsAndEntrances(t *testing.T) {
 	_, g, name := newGroup(t)
 	doors, err := g.Doors()
@@ -175,16 +176,16 @@ func TestDoorsAndEntrances(t *testing.T) {
 	for _, d := range doors {
 		require.NoError(t, d.Close())
 	}
-	in, out := g.Entrances()
+	in, out, err := g.Entrances()
+	require.NoError(t, err)
 	require.Len(t, out, len(in))
-	// The shell is one thread, and starts a process in between.
 	script := "for f in " + strings.Join(in, " ") + "; do echo 0 >$f; done; cat /proc/self/cgroup; for f in " + strings.Join(out, " ") + "; do echo 0 >$f; done; echo; cat /proc/self/cgroup"
 	cmd := exec.Command("sh", "-ec", script)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	got, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", got)
 	inside, after, _ := strings.Cut(string(got), "\n\n")
-	require.Equal(t, len(g.members), strings.Count(inside+"\n", name+"\n"), "%s", got)
+	require.Equal(t, len(in), strings.Count(inside+"\n", name+"\n"), "%s", got)
 	own, err := os.ReadFile("/proc/self/cgroup")
 	require.NoError(t, err)
 	require.Equal(t, string(own), after)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -78,18 +79,36 @@ func (g *Group) Doors() (doors []*os.File, err error) {
 }
 
 // Entrances returns the names of the files, as other processes of root see them, that
-// a process writes "0" to so that processes which that thread starts are in the group;
-// and those to write to so that it is where this process is again.
-func (g *Group) Entrances() (in, out []string) {
-	for _, m := range g.members {
-		name := "tasks"
-		if m.unified {
-			name = "cgroup.procs"
-		}
-		in = append(in, fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), m.dir.Fd(), name))
-		out = append(out, filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), m.mount.Fd()), m.home, name))
+// a process writes "0" to so that it, and what it starts, is in the group in the
+// hierarchies that have limits; and those to write to so that it is where this process
+// is again.
+func (g *Group) Entrances() (in, out []string, err error) {
+	homes, err := homes()
+	if err != nil {
+		return nil, nil, err
 	}
-	return in, out
+	const procs = "cgroup.procs"
+	for _, m := range g.members {
+		if len(m.controllers) == 0 {
+			continue
+		}
+		in = append(in, fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), m.dir.Fd(), procs))
+		out = append(out, filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), m.mount.Fd()), path.Join("/", homes[m.key()]), procs))
+	}
+	return in, out, nil
+}
+
+// homes returns the cgroups of this process, by hierarchy.
+func homes() (map[string]string, error) {
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return nil, fmt.Errorf("find own cgroups: %w", err)
+	}
+	out := map[string]string{}
+	for _, h := range parse(string(data)) {
+		out[h.key()] = h.home
+	}
+	return out, nil
 }
 
 // Add moves a process with all its threads into the group. What it uses already stays

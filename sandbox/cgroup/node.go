@@ -31,8 +31,16 @@ type hierarchy struct {
 	// controllers are those of ours that it has. For the unified one it is what may
 	// be enabled.
 	controllers []string
-	// home is the cgroup of this process.
+	// home is the cgroup of the process that the hierarchy was read for.
 	home string
+}
+
+// key tells hierarchies apart.
+func (h *hierarchy) key() string {
+	if h.unified {
+		return ""
+	}
+	return strings.Join(h.controllers, ",")
 }
 
 // Open mounts the hierarchies that limits need. The unified one is among them when the

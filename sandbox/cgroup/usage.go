@@ -44,22 +44,37 @@ func (g *Group) Usage() (sandbox.Usage, error) {
 	return u, nil
 }
 
-// OOMKills returns how many processes of the group the kernel has killed because no
-// memory was left, 0 when it does not tell.
-func (g *Group) OOMKills() (int64, error) {
-	m, ok := g.with("memory")
-	if !ok {
-		return 0, nil
+// Events returns how many processes of the group the kernel has killed because no
+// memory was left, and how many it has not started because of their limit. Both are 0
+// when it does not tell.
+func (g *Group) Events() (oomKills, pidsRefused int64, err error) {
+	if m, ok := g.with("memory"); ok {
+		name := "memory.oom_control"
+		if m.unified {
+			name = "memory.events"
+		}
+		if oomKills, err = m.count(name, "oom_kill"); err != nil {
+			return 0, 0, fmt.Errorf("read events of a step: %w", err)
+		}
 	}
-	name := "memory.oom_control"
-	if m.unified {
-		name = "memory.events"
+	if m, ok := g.with("pids"); ok {
+		if pidsRefused, err = m.count("pids.events", "max"); err != nil {
+			return 0, 0, fmt.Errorf("read events of a step: %w", err)
+		}
 	}
-	n, err := m.count(name, "oom_kill")
+	return oomKills, pidsRefused, nil
+}
+
+// Account completes the result of a step whose processes were those of the group.
+func (g *Group) Account(res *sandbox.Result) error {
+	kills, refused, err := g.Events()
 	if err != nil {
-		return 0, fmt.Errorf("read usage of a step: %w", err)
+		return err
 	}
-	return n, nil
+	res.OOMKilled = res.OOMKilled || kills > 0
+	res.PIDsReached = refused > 0
+	res.Usage, err = g.Usage()
+	return err
 }
 
 // count reads a number: all of a file, or that after key. A file or key that the

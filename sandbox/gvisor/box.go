@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path"
 	"path/filepath"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/cgroup"
 )
 
 // kind is what has to be known of a step before its sandbox can be started.
@@ -38,6 +38,7 @@ type box struct {
 	// grow.
 	dir, tmp string
 	net      sandbox.Network
+	cgroup   *cgroup.Group
 	ctl      control
 	// conn ends when the sandbox is gone, which closes exited.
 	conn   *net.UnixConn
@@ -62,6 +63,10 @@ func (r *Runtime) newBox(ctx context.Context, k kind) (_ *box, err error) {
 		return nil, fmt.Errorf("make directory of the sandbox: %w", err)
 	}
 	b.defers = append(b.defers, func() error { return os.RemoveAll(b.dir) })
+	if b.cgroup, err = r.cgroups.Make(r.cgroupOf(b.id)); err != nil {
+		return nil, err
+	}
+	b.defers = append(b.defers, b.removeCgroup)
 	for _, d := range []string{b.tmp, b.runscRoot()} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			return nil, err
@@ -89,9 +94,6 @@ func (r *Runtime) newBox(ctx context.Context, k kind) (_ *box, err error) {
 	if err := b.files.wait(ctx); err != nil {
 		return nil, fmt.Errorf("start the file server: %w", err)
 	}
-	if err := b.joinCgroups(); err != nil {
-		return nil, err
-	}
 	if err := b.checkVersion(ctx); err != nil {
 		return nil, err
 	}
@@ -106,7 +108,7 @@ func (b *box) flags() []string {
 	flags := []string{
 		"--root=" + b.runscRoot(), "--shared-root=" + b.r.sharedDir(),
 		"--platform=systrap", "--host-settings=ignore", "--net-raw=false", "--allow-suid=true",
-		"--host-fifo=none", "--gvisor-marker-file=true", "--overlay2=none",
+		"--ignore-cgroups=true", "--host-fifo=none", "--gvisor-marker-file=true", "--overlay2=none",
 	}
 	add := func(cond bool, yes, no string) {
 		if cond {
@@ -116,7 +118,6 @@ func (b *box) flags() []string {
 		}
 	}
 	add(b.kind.network == sandbox.NetworkNone, "--network=none", "--network=sandbox")
-	add(b.r.cfg.CgroupParent == "", "--ignore-cgroups=true", "--ignore-cgroups=false")
 	add(b.kind.sockets, "--host-uds=open", "--host-uds=none")
 	return flags
 }
@@ -141,9 +142,6 @@ func (b *box) writeSpec() (bundle string, err error) {
 			{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
 			{Type: specs.MountNamespace}, {Type: specs.NetworkNamespace, Path: netns},
 		}},
-	}
-	if parent := b.r.cfg.CgroupParent; parent != "" {
-		spec.Linux.CgroupsPath = path.Join("/", parent, b.id)
 	}
 	return bundle, writeBundle(bundle, spec)
 }
@@ -174,7 +172,13 @@ func (b *box) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	conn, err := b.r.starters.start(ctx, startRequest{Flags: b.flags(), ID: containerID, Bundle: bundle, Program: b.r.pause})
+	enter, leave, err := b.cgroup.Entrances()
+	if err != nil {
+		return err
+	}
+	conn, err := b.r.starters.start(ctx, startRequest{
+		Flags: b.flags(), ID: containerID, Bundle: bundle, Program: b.r.pause, Enter: enter, Leave: leave,
+	})
 	if err != nil {
 		return fmt.Errorf("start the sandbox: %w", err)
 	}

@@ -82,6 +82,10 @@ func (b *box) startFiles() (err error) {
 	}
 	b.files = s
 	b.defers = append(b.defers, s.waitKilled)
+	// One limit holds for the sandbox and its file server.
+	if err := b.cgroup.Add(s.cmd.Process.Pid); err != nil {
+		return err
+	}
 	return os.WriteFile(filepath.Join(b.dir, "files-pid"), []byte(strconv.Itoa(s.cmd.Process.Pid)), 0o600)
 }
 

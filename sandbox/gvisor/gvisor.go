@@ -28,6 +28,7 @@ import (
 	"sync/atomic"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/cgroup"
 )
 
 // Config tells where the runtime finds what it needs.
@@ -39,13 +40,16 @@ type Config struct {
 	StateDir string
 	// Networks hands out the network namespaces of steps that have a network.
 	Networks sandbox.Networks
-	// CgroupParent is the cgroup under which every sandbox gets one of its own;
-	// empty leaves sandboxes in the cgroup of this process.
+	// CgroupParent is the cgroup under which every sandbox gets one of its own, an
+	// absolute path; empty means DefaultCgroupParent.
 	CgroupParent string
 	// Prepared is how many sandboxes of the usual kind are kept ready once a step
 	// has run or Warm was called; 0 means DefaultPrepared, and less means none.
 	Prepared int
 }
+
+// DefaultCgroupParent is the cgroup of all sandboxes of the node.
+const DefaultCgroupParent = "/kiln/gvisor"
 
 // Runtime implements sandbox.Runtime.
 type Runtime struct {
@@ -57,6 +61,7 @@ type Runtime struct {
 	image string
 	// id is a random part of the names of sandboxes.
 	id       string
+	cgroups  *cgroup.Node
 	starters *starters
 	pool     *pool
 	boxes    atomic.Int64
@@ -77,13 +82,16 @@ var _ sandbox.Runtime = (*Runtime)(nil)
 
 // New returns a runtime on cfg.StateDir, after it has released what a killed
 // process left there.
-func New(ctx context.Context, cfg Config) (*Runtime, error) {
+func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	runsc, err := findRunsc(cfg)
 	if err != nil {
 		return nil, err
 	}
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("gvisor: state directory %q is not absolute", cfg.StateDir)
+	}
+	if cfg.CgroupParent == "" {
+		cfg.CgroupParent = DefaultCgroupParent
 	}
 	r := &Runtime{cfg: cfg, runsc: runsc, id: strings.ToLower(rand.Text()[:8]), steps: map[string]*running{}}
 	for _, dir := range []string{r.stepsDir(), r.sharedDir(), r.startersDir()} {
@@ -95,6 +103,14 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 	if r.cfg.StateDir, err = filepath.EvalSymlinks(cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("gvisor: find state directory: %w", err)
 	}
+	if r.cgroups, err = cgroup.Open(); err != nil {
+		return nil, fmt.Errorf("gvisor: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.cgroups.Close())
+		}
+	}()
 	if err := r.recover(ctx); err != nil {
 		return nil, fmt.Errorf("gvisor: clean up after an earlier process: %w", err)
 	}
@@ -121,7 +137,9 @@ func (r *Runtime) Warm(network sandbox.NetworkMode) { r.pool.warm(usual(network)
 
 // Close implements sandbox.Runtime.
 func (r *Runtime) Close() error {
-	return errors.Join(r.pool.close(), r.starters.close(), r.releaseShared())
+	err := errors.Join(r.pool.close(), r.starters.close(), r.releaseShared())
+	r.cgroups.Tidy(r.cfg.CgroupParent)
+	return errors.Join(err, r.cgroups.Close())
 }
 
 // boxID names a sandbox. The name is unique on the node, also among the cgroups of

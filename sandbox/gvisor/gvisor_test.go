@@ -60,6 +60,9 @@ func newEnvWith(t testing.TB, cfg Config) *env {
 	}
 	require.NoError(t, os.WriteFile(e.lower+"/etc/passwd", []byte("root:x:0:0::/root:/bin/sh\napp:x:33:44::/app:/bin/sh\n"), 0o644))
 	require.NoError(t, os.WriteFile(e.lower+"/etc/group", []byte("root:x:0:\napp:x:44:\nextra:x:55:app\n"), 0o644))
+	if cfg.CgroupParent == "" {
+		cfg.CgroupParent = fmt.Sprintf("/kiln-gvisor-test-%d", os.Getpid())
+	}
 	cfg.RunscPath, cfg.StateDir = runscPath(t), filepath.Join(dir, "state")
 	e.r, err = New(context.Background(), cfg)
 	require.NoError(t, err)

@@ -53,6 +53,9 @@ func (r *Runtime) recover(ctx context.Context) error {
 		return err
 	}
 	for _, e := range entries {
+		if err := r.cgroups.Remove(r.cgroupOf(e.Name())); err != nil {
+			return err
+		}
 		if err := os.RemoveAll(filepath.Join(r.stepsDir(), e.Name())); err != nil {
 			return err
 		}

@@ -42,17 +42,31 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if s.box, err = r.pool.take(ctx, kindOf(step)); err != nil {
 		return nil, err
 	}
+	res, err := s.run(ctx, started)
+	if err != nil && ctx.Err() == nil {
+		if res, ok := s.endedByLimit(err); ok {
+			return res, nil
+		}
+	}
+	if err != nil {
+		return nil, s.explain(ctx, err)
+	}
+	return res, s.account(res)
+}
+
+// run runs the step in its sandbox.
+func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, error) {
+	if err := s.limit(); err != nil {
+		return nil, err
+	}
 	if err := s.prepare(); err != nil {
 		return nil, err
 	}
 	res, err := s.runProcess(ctx, started)
 	if err != nil {
-		return nil, s.explain(ctx, err)
+		return nil, err
 	}
-	if err := s.collect(ctx); err != nil {
-		return nil, s.explain(ctx, err)
-	}
-	return res, nil
+	return res, s.collect(ctx)
 }
 
 // explain says so when err comes from the end of the sandbox.
@@ -64,8 +78,7 @@ func (s *stepRun) explain(ctx context.Context, err error) error {
 	case <-time.After(100 * time.Millisecond):
 		return err
 	}
-	return fmt.Errorf("the sandbox ended before what the step wrote was collected; "+
-		"a step must not use more memory than its limit: %w", err)
+	return fmt.Errorf("the sandbox ended before the step did: %w", err)
 }
 
 // stepRun is one step on its way through Run.

@@ -54,6 +54,9 @@ const starterCommand = "kiln-starter"
 type startRequest struct {
 	Flags               []string
 	ID, Bundle, Program string
+	// Enter and Leave are files of cgroups that the process joins with what it
+	// writes: those of the sandbox before it starts it, its own after that.
+	Enter, Leave []string
 }
 
 type startReply struct{ Error string }

@@ -51,17 +51,6 @@ func closeAll(files []*os.File) {
 	}
 }
 
-// account completes the result of a step whose processes have ended.
-func (c *cell) account(res *sandbox.Result) error {
-	kills, err := c.cgroup.OOMKills()
-	if err != nil {
-		return err
-	}
-	res.OOMKilled = kills > 0
-	res.Usage, err = c.cgroup.Usage()
-	return err
-}
-
 // tooSmall returns the result of a step whose sandbox alone needs more memory than the
 // step may use, if err says that.
 func tooSmall(err error) (*sandbox.Result, bool) {

@@ -163,7 +163,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if res, err = supervise(ctx, c.child, step.Process, streams); err != nil {
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
 	}
-	if err := c.account(res); err != nil {
+	if err := c.cgroup.Account(res); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
 	return res, nil

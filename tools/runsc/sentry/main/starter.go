@@ -53,6 +53,9 @@ type startRequest struct {
 	// ID is the ID of the container, Bundle its bundle, and Program the file that
 	// its process executes.
 	ID, Bundle, Program string
+	// Enter are files to join the sandbox's cgroups with, Leave those to join our own
+	// with again.
+	Enter, Leave []string
 }
 
 type startReply struct{ Error string }
@@ -196,6 +199,18 @@ func startSandbox(data []byte) (_ *container.Container, pidfd int, err error) {
 		return nil, -1, err
 	}
 	defer program.Close()
+	// What is started now is where we are. All threads have to be there: gVisor's code
+	// does not start the sandbox from this one.
+	defer func() {
+		// Who cannot go back starts no more sandboxes: they would share limits.
+		if err := join(request.Leave); err != nil {
+			fmt.Fprintln(messages, err)
+			os.Exit(128)
+		}
+	}()
+	if err := join(request.Enter); err != nil {
+		return nil, -1, err
+	}
 	c, err := container.New(conf, container.Args{ID: request.ID, Spec: spec, BundleDir: request.Bundle, Attached: true, ExecFile: program})
 	if err != nil {
 		return nil, -1, fmt.Errorf("create sandbox: %w", err)
@@ -208,4 +223,20 @@ func startSandbox(data []byte) (_ *container.Container, pidfd int, err error) {
 		return nil, -1, fmt.Errorf("start sandbox: %w", err)
 	}
 	return c, pidfd, nil
+}
+
+// join moves this process into the cgroups that files belong to.
+func join(files []string) error {
+	for _, name := range files {
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err != nil {
+			return fmt.Errorf("join cgroup: %w", err)
+		}
+		_, err = f.WriteString("0")
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("join cgroup: %w", err)
+		}
+	}
+	return nil
 }
