@@ -200,7 +200,10 @@ func fault(err, cause error, steps failure.Steps) *agentv1.Failure {
 	case errors.As(cause, &late):
 		f.Reason, f.Step, f.Message = agentv1.FailureReason_FAILURE_REASON_TIMEOUT, failure.Text(late.Step), failure.Text(late.Error())
 	case errors.As(cause, &source):
-		f.Reason, f.Message = agentv1.FailureReason_FAILURE_REASON_SOURCE, failure.Text(source.Error())
+		if f.Reason != agentv1.FailureReason_FAILURE_REASON_DENIED {
+			f.Reason = agentv1.FailureReason_FAILURE_REASON_SOURCE
+		}
+		f.Message = failure.Text(source.Error())
 	case len(strategy.Fields(cause)) > 0:
 		f.Reason, f.Message = agentv1.FailureReason_FAILURE_REASON_INVALID_INPUT, failure.Text(cause.Error())
 	case errors.As(err, &push):

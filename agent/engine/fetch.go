@@ -7,10 +7,10 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/moby/buildkit/session"
-	"github.com/moby/buildkit/solver"
+	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/source"
 	gitsource "github.com/moby/buildkit/source/git"
 	httpsource "github.com/moby/buildkit/source/http"
@@ -97,6 +97,10 @@ func (f *fetching) sources(w *base.Worker) error {
 	return nil
 }
 
+// lookupTimeout bounds the look-up of a git server's name that is for the message of
+// an error only.
+const lookupTimeout = 5 * time.Second
+
 // gitSource tells early, and in words, what git would be kept from: for HTTPS git
 // shows no more of it than a number.
 type gitSource struct {
@@ -104,14 +108,21 @@ type gitSource struct {
 	policy *egress.Policy
 }
 
-// Resolve implements source.Source.
-func (s gitSource) Resolve(ctx context.Context, id source.Identifier, sm *session.Manager, vtx solver.Vertex) (source.SourceInstance, error) {
+// Identifier implements source.Source. It is the one method that every use of a
+// source begins with.
+func (s gitSource) Identifier(scheme, ref string, attrs map[string]string, platform *pb.Platform) (source.Identifier, error) {
+	id, err := s.Source.Identifier(scheme, ref, attrs, platform)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
 	if git, ok := id.(*gitsource.GitIdentifier); ok {
 		if err := s.check(ctx, git.Remote); err != nil {
 			return nil, err
 		}
 	}
-	return s.Source.Resolve(ctx, id, sm, vtx)
+	return id, nil
 }
 
 func (s gitSource) check(ctx context.Context, remote string) error {
@@ -124,5 +135,5 @@ func (s gitSource) check(ctx context.Context, remote string) error {
 	if err := s.policy.CheckURL(ctx, to); errors.As(err, &denied) {
 		return fmt.Errorf("fetch from git: %w", denied)
 	}
-	return ctx.Err()
+	return nil // a name that cannot be found is git's to tell
 }

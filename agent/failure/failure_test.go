@@ -51,6 +51,7 @@ func TestReasons(t *testing.T) {
 		{"network mode", solver.WrapVertex(errors.New(`network mode "host" is refused: a step never shares the node's network`), d), run, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"front end", errors.New(`front end "x" is not allowed: …`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"source", errors.New(`failed to resolve source metadata for r/x: source "docker-image://r/x:latest" denied by policy: source denied by policy`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},
+		{"address", errors.New(`failed to do request: Head "https://r/v2/": dial tcp 127.0.0.1:443: connection to r (127.0.0.1:443) denied for builds: 127.0.0.0/8 is the loopback of the node`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"sandbox", solver.WrapVertex(errors.New("sandbox gvisor is not available on this node: missing runsc"), d), run, agentv1.FailureReason_FAILURE_REASON_INTERNAL},
 		{"metadata of a base", errors.New("base: failed to resolve source metadata for x: not found"), failedStep("[internal] load metadata for docker.io/library/base:1"), agentv1.FailureReason_FAILURE_REASON_PULL},
 		{"a base's layer", errors.New("unexpected EOF"), failedStep("[stage-0 1/2] FROM docker.io/library/base:1@sha256:1"), agentv1.FailureReason_FAILURE_REASON_PULL},
