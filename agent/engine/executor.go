@@ -13,7 +13,6 @@ import (
 
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
-	gatewayapi "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/solver/pb"
 
@@ -21,17 +20,17 @@ import (
 )
 
 // stepExecutor runs the processes that BuildKit's solver asks for in sandboxes of
-// one class.
+// one domain.
 type stepExecutor struct {
 	runtimes *runtimes
-	class    sandbox.Class
+	domain   Domain
 	owner    string
 }
 
 var _ executor.Executor = (*stepExecutor)(nil)
 
-func newStepExecutor(r *runtimes, class sandbox.Class) *stepExecutor {
-	return &stepExecutor{runtimes: r, class: class, owner: identity.NewID()}
+func newStepExecutor(r *runtimes, d Domain) *stepExecutor {
+	return &stepExecutor{runtimes: r, domain: d, owner: identity.NewID()}
 }
 
 // Run implements executor.Executor.
@@ -45,7 +44,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 		})
 	}
 	defer start()
-	rt, err := e.runtimes.get(ctx, e.class)
+	rt, err := e.runtimes.get(ctx, e.domain.Sandbox)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +78,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 	}
 	res, err := rt.Run(ctx, step, start)
 	if err == nil {
-		err = exitError(ctx, res, process.Meta.ValidExitCodes)
+		err = exitError(ctx, res, step.Limits, process.Meta.ValidExitCodes)
 	}
 	if err != nil {
 		err = errors.Join(err, discardWhenFull(step.Root))
@@ -89,7 +88,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 
 // Exec implements executor.Executor.
 func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.ProcessInfo) error {
-	rt, err := e.runtimes.get(ctx, e.class)
+	rt, err := e.runtimes.get(ctx, e.domain.Sandbox)
 	if err != nil {
 		return err
 	}
@@ -101,7 +100,7 @@ func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.Pro
 	if err != nil {
 		return err
 	}
-	return exitError(ctx, res, process.Meta.ValidExitCodes)
+	return exitError(ctx, res, sandbox.Limits{}, process.Meta.ValidExitCodes)
 }
 
 func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbox.Step, error) {
@@ -113,6 +112,9 @@ func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbo
 		return nil, err
 	}
 	step := &sandbox.Step{ID: id, Owner: e.owner, Process: p, Hostname: process.Meta.Hostname}
+	if step.Limits, err = limitsOf(process.Meta.LinuxResources, e.runtimes.most(e.domain)); err != nil {
+		return nil, err
+	}
 	switch process.Meta.NetMode {
 	case pb.NetMode_UNSET:
 		step.Network = sandbox.NetworkEgress
@@ -184,23 +186,4 @@ func absolute(base, p string) string {
 		return path.Clean(p)
 	}
 	return path.Join("/", base, p)
-}
-
-// exitError turns the end of a process into the error that BuildKit's clients
-// know, or nil when its exit code is one of valid (only 0 when valid is nil).
-func exitError(ctx context.Context, res *sandbox.Result, valid []int) error {
-	if valid == nil {
-		valid = []int{0}
-	}
-	if slices.Contains(valid, res.ExitCode) {
-		return nil
-	}
-	exit := &gatewayapi.ExitError{ExitCode: uint32(res.ExitCode)}
-	switch {
-	case ctx.Err() != nil:
-		exit.Err = context.Cause(ctx)
-	case res.OOMKilled:
-		exit.Err = fmt.Errorf("exit code: %d: out of memory: the kernel killed a process of the step", res.ExitCode)
-	}
-	return exit
 }

@@ -117,7 +117,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		Platforms:       []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
 		GCPolicy:        gcPolicy(n.cfg.Root, n.cfg.Space),
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
-		Executor:        newStepExecutor(n.runtimes, d.Sandbox),
+		Executor:        newStepExecutor(n.runtimes, d),
 		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil),
 		ContentStore:    content,
 		ImageStore:      images,

@@ -69,7 +69,7 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 	switch {
 	case containsAny(text, "no space left on device", "disk quota exceeded"):
 		return agentv1.FailureReason_FAILURE_REASON_DISK_FULL
-	case exit != nil && strings.Contains(text, "out of memory"):
+	case exit != nil && outOfMemory.MatchString(text):
 		return agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY
 	case exit != nil && exit.ExitCode != gateway.UnknownExitStatus:
 		return agentv1.FailureReason_FAILURE_REASON_STEP_FAILED
@@ -85,6 +85,10 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 	}
 	return byText(err, text)
 }
+
+// outOfMemory matches what the engine says of a step, and not what the step's command
+// line has, which is quoted.
+var outOfMemory = regexp.MustCompile(`exit code: \d+: out of memory: [^"]*$`)
 
 var (
 	pushes  = regexp.MustCompile(`^(exporting|pushing|\[auth\] .*push|sending )`)

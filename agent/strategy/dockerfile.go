@@ -113,6 +113,12 @@ func (p *planner) dockerfileAttrs(d *agentv1.DockerfileStrategy) {
 			attrs["context:"+familiar] = value
 		}
 	}
+	if n := p.spec.GetResources().GetMemoryBytes(); n > 0 {
+		attrs["memory"] = strconv.FormatInt(n, 10)
+	}
+	if n := p.spec.GetResources().GetCpuMillis(); n > 0 {
+		attrs["cpuperiod"], attrs["cpuquota"] = strconv.Itoa(cpuPeriod), strconv.FormatInt(cpuQuota(n), 10)
+	}
 	if p.spec.GetNoCache() {
 		attrs["no-cache"] = ""
 	}

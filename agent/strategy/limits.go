@@ -30,4 +30,5 @@ const (
 	maxLabelValue  = 256 // bytes of a label of the build, and of its cache scope
 	maxSecretValue = 500 << 10
 	maxTimeout     = 7 * 24 * time.Hour
+	minMemory      = 4 << 20 // bytes of a step's memory
 )

@@ -147,6 +147,9 @@ func (v *validator) resources(field string, r *agentv1.Resources) {
 			v.add(field+"."+x.name, "is negative")
 		}
 	}
+	if m := r.GetMemoryBytes(); m > 0 && m < minMemory {
+		v.add(field+".memory_bytes", "is less than %d bytes, which no step can run in", minMemory)
+	}
 }
 
 func (v *validator) secrets(field string, refs []*agentv1.SecretRef) {
