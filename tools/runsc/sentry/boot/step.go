@@ -41,7 +41,7 @@ var stepRoots struct {
 
 // StepVersion is what the caller checks before it relies on these methods. It
 // changes with their arguments.
-const StepVersion = 2
+const StepVersion = 3
 
 // StepProbe tells StepVersion.
 func (cm *containerManager) StepProbe(_ *struct{}, version *int) error {
