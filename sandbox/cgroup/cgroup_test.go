@@ -3,6 +3,7 @@ package cgroup
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -94,6 +95,7 @@ func TestGroupHoldsProcesses(t *testing.T) {
 func TestLimitsAreWritten(t *testing.T) {
 	_, g, _ := newGroup(t)
 	require.NoError(t, g.Limit(sandbox.Limits{}))
+	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: math.MaxInt64, MemoryBytes: math.MaxInt64, PIDs: math.MaxInt64}))
 	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: 1500, MemoryBytes: 64 << 20, PIDs: 7}))
 	m, _ := g.with("pids")
 	data, err := os.ReadFile(m.file("pids.max"))

@@ -139,14 +139,20 @@ var ErrInUse = errors.New("the sandbox itself needs more memory than the limit")
 // period is the time in which a CPU limit holds, in microseconds.
 const period = 100_000
 
-// minQuota is the least that the kernel takes for a period.
-const minQuota = 1000
+const (
+	// minQuota is the least that the kernel takes for a period.
+	minQuota = 1000
+	// maxMillis and maxPIDs are more than any machine has; the kernel does not take
+	// much more.
+	maxMillis = 1000 << 16
+	maxPIDs   = 4 << 20
+)
 
 // Limit sets limits. Those that l does not have stay as they are: no limit for a new
 // group.
 func (g *Group) Limit(l sandbox.Limits) error {
 	if l.CPUMillis > 0 {
-		quota := max(l.CPUMillis*period/1000, minQuota)
+		quota := max(min(l.CPUMillis, maxMillis)*period/1000, minQuota)
 		err := g.set("cpu",
 			[]setting{{name: "cpu.cfs_period_us", value: period}, {name: "cpu.cfs_quota_us", value: quota}},
 			[]setting{{name: "cpu.max", text: fmt.Sprintf("%d %d", quota, period)}})
@@ -166,7 +172,7 @@ func (g *Group) Limit(l sandbox.Limits) error {
 		}
 	}
 	if l.PIDs > 0 {
-		s := []setting{{name: "pids.max", value: l.PIDs}}
+		s := []setting{{name: "pids.max", value: min(l.PIDs, maxPIDs)}}
 		return g.set("pids", s, s)
 	}
 	return nil
