@@ -31,6 +31,7 @@ import (
 	"github.com/kiln-build/kiln/agent/engine"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/sandbox/mountns"
 )
 
@@ -68,8 +69,11 @@ func connect(t *testing.T, class sandbox.Class) *client.Client {
 	require.NoError(t, err, "run `make build` first")
 	root := t.TempDir()
 	ctx := context.Background()
+	// Sources come as they do on a node.
+	loopback, err := egress.ParseExceptions([]string{"127.0.0.1/32"})
+	require.NoError(t, err)
 	e, err := engine.New(ctx, engine.Config{
-		NodeConfig: engine.NodeConfig{Root: root, RunscPath: filepath.Join(bin, "runsc")},
+		NodeConfig: engine.NodeConfig{Root: root, Fetch: &egress.Policy{Exceptions: loopback}, RunscPath: filepath.Join(bin, "runsc")},
 		Sandbox:    class,
 	})
 	require.NoError(t, err)
