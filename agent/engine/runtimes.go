@@ -59,11 +59,12 @@ func (r *runtimes) get(ctx context.Context, class sandbox.Class) (sandbox.Runtim
 // make makes the runtime of a class, which begins to prepare sandboxes. The caller
 // holds mu.
 func (r *runtimes) make(ctx context.Context, class sandbox.Class) (sandbox.Runtime, error) {
-	var err error
 	if r.networks == nil {
-		if r.networks, err = netns.New(ctx, netns.Config{}); err != nil {
+		networks, err := netns.New(ctx, netns.Config{})
+		if err != nil {
 			return nil, fmt.Errorf("prepare networks: %w", err)
 		}
+		r.networks = networks
 	}
 	state := StepsDir(r.cfg.Root, class)
 	switch class {

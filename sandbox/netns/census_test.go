@@ -25,7 +25,7 @@ type census struct {
 
 func count(t testing.TB) census {
 	t.Helper()
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	require.NoError(t, err)
 	nft, err := nftables.New()
 	require.NoError(t, err)
@@ -69,7 +69,6 @@ func settled(t testing.TB) census {
 func TestCloseLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
 	before := settled(t)
-	require.Equal(t, "0", before.forward)
 	a, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})
 	require.NoError(t, err)
 	b, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})

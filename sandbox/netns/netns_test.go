@@ -267,7 +267,7 @@ func TestContents(t *testing.T) {
 	for _, mode := range []sandbox.NetworkMode{sandbox.NetworkNone, sandbox.NetworkEgress} {
 		n := acquire(t, m, mode)
 		require.NoError(t, in(t, n.Path(), func() error {
-			links, err := netlink.LinkList()
+			links, err := whole(netlink.LinkList)
 			require.NoError(t, err)
 			names := map[string]net.Flags{}
 			for _, l := range links {

@@ -79,10 +79,24 @@ func claimPath(dir string, p netip.Prefix) string {
 	return filepath.Join(dir, fmt.Sprintf("%s-%d.lock", p.Addr(), p.Bits()))
 }
 
+// dumpTries is how often a list is asked for that changes while the kernel gives it.
+const dumpTries = 50
+
+// whole returns a list of the kernel's. The kernel says so when the list changed while
+// it was given, and may then have left something out; it is asked for again.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range dumpTries {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+	}
+	return nil, err
+}
+
 // takeClaim claims the first subnet in pool that no other process holds and to
 // which the node has no route of its own.
 func takeClaim(dir string, pool netip.Prefix) (*claim, error) {
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
@@ -156,7 +170,7 @@ func sweep(dir string, pool netip.Prefix) error {
 		return stale[p], nil
 	}
 
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return fmt.Errorf("list network devices: %w", err)
 	}

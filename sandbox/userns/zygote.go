@@ -282,6 +282,13 @@ func (z *zygote) start() error {
 	return nil
 }
 
+const (
+	// sizeofSigaction and sizeofSigset are those of the kernel's structures.
+	sizeofSigaction, sizeofSigset = 32, 8
+	// lastStandardSignal is the first signal after those with names.
+	lastStandardSignal = 32
+)
+
 // setUp gives the zygote a mount namespace with an almost empty root, read-only.
 func (z *zygote) setUp() error {
 	var own [2]int
@@ -300,6 +307,15 @@ func (z *zygote) setUp() error {
 	s.Do(unix.SYS_DUP3, fds[1], fdPID, unix.O_CLOEXEC)
 	s.Do(unix.SYS_CLOSE_RANGE, 4, fdNet-1, 0)
 	s.Do(unix.SYS_FCNTL, 3, unix.F_SETFD, unix.FD_CLOEXEC)
+	// A step starts with what every program may expect, whoever started kiln: nohup
+	// ignores SIGHUP, a shell without job control SIGINT and SIGQUIT.
+	s.For("take signals as they are by default")
+	byDefault := make([]byte, sizeofSigaction)
+	for sig := 1; sig < int(lastStandardSignal); sig++ {
+		if sig != int(unix.SIGKILL) && sig != int(unix.SIGSTOP) {
+			s.Do(unix.SYS_RT_SIGACTION, sig, byDefault, 0, sizeofSigset)
+		}
+	}
 	s.For("make mount namespace")
 	s.Do(unix.SYS_UNSHARE, unix.CLONE_NEWNS)
 	s.Do(unix.SYS_MOUNT, "", "/", "", unix.MS_REC|unix.MS_PRIVATE, 0)
