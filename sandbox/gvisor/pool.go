@@ -175,6 +175,8 @@ func (p *pool) close() error {
 	p.closed = true
 	p.mu.Unlock()
 	p.stop()
+	// One by one they would end as slowly as they start.
+	p.r.starters.kill()
 	p.making.Wait()
 	p.mu.Lock()
 	for _, s := range p.kinds {

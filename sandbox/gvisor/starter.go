@@ -131,6 +131,16 @@ func (s *starters) put(p *starter) {
 	<-s.slots
 }
 
+// kill ends the processes at once, and with them every sandbox that they started or
+// are starting. Nobody may need one any more.
+func (s *starters) kill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.all {
+		_ = p.cmd.Process.Kill()
+	}
+}
+
 // close ends the processes. No sandbox may be left.
 func (s *starters) close() error {
 	s.mu.Lock()
