@@ -31,6 +31,7 @@ type Flags struct {
 	Hosts, Ulimits, Attests   []string
 	Allow                     []string
 	Target, Network, ShmSize  string
+	Memory, CPUs              string
 	Provenance, SBOM          string
 	ImageIDFile               string
 	NoCache, Pull, Push, Load bool
@@ -140,6 +141,9 @@ func (b *builder) values() error {
 	shm, err := ParseSize(f.ShmSize)
 	if err != nil {
 		return fmt.Errorf("--shm-size: %w", err)
+	}
+	if err := b.limits(); err != nil {
+		return err
 	}
 	set := func(key, value string) {
 		if value != "" {
