@@ -40,6 +40,15 @@ func limits(r config.Resources) policy.Limits {
 	return policy.Limits{CPUMillis: r.CPU.Millis(), MemoryBytes: r.Memory.Bytes(0), PIDs: r.PIDs, DiskBytes: r.Disk.Bytes(0)}
 }
 
+// mostOf returns the most that a step of a tenant may use, also one of BuildKit's clients,
+// which ask for what they like.
+func mostOf(cfg *config.Agent) func(engine.Domain) sandbox.Limits {
+	return func(d engine.Domain) sandbox.Limits {
+		most := limits(cfg.Policy(d.Tenant).MaxResources)
+		return sandbox.Limits{CPUMillis: most.CPUMillis, MemoryBytes: most.MemoryBytes, PIDs: most.PIDs}
+	}
+}
+
 // autoMemory is the part of the memory, in percent, that builds get when the
 // configuration leaves it open; the rest is for the agent and the page cache.
 const autoMemory = 80

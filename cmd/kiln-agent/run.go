@@ -69,7 +69,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	disk := diskSize(cfg.Root)
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
 		Root: cfg.Root, RunscPath: runsc, Frontends: cfg.Frontends,
-		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch,
+		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch, Limits: mostOf(cfg),
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)
