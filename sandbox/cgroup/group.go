@@ -201,7 +201,7 @@ func (g *Group) set(controller string, v1, v2 []setting) error {
 		if s.text == "" {
 			s.text = strconv.FormatInt(s.value, 10)
 		}
-		err := write(m.file(s.name), s.text)
+		err := m.write(s.name, s.text)
 		if err != nil && !(s.optional && errors.Is(err, fs.ErrNotExist)) {
 			return fmt.Errorf("set limit %s of a step: %w", s.name, err)
 		}
@@ -210,11 +210,22 @@ func (g *Group) set(controller string, v1, v2 []setting) error {
 }
 
 // write writes to a file that exists.
-func write(name, text string) error {
-	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+func (m member) write(name, text string) error {
+	fd, err := unix.Openat(int(m.dir.Fd()), name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(text)
-	return errors.Join(err, f.Close())
+	_, err = unix.Write(fd, []byte(text))
+	return errors.Join(err, unix.Close(fd))
+}
+
+// read reads a file, of which the first page is enough.
+func (m member) read(name string) (string, error) {
+	fd, err := unix.Openat(int(m.dir.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	buf := make([]byte, 4096)
+	n, err := unix.Read(fd, buf)
+	return string(buf[:max(n, 0)]), errors.Join(err, unix.Close(fd))
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -80,14 +79,14 @@ func (g *Group) Account(res *sandbox.Result) error {
 // count reads a number: all of a file, or that after key. A file or key that the
 // kernel does not have counts 0.
 func (m member) count(name, key string) (int64, error) {
-	data, err := os.ReadFile(m.file(name))
+	data, err := m.read(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
 	if err != nil {
 		return 0, err
 	}
-	return number(string(data), key)
+	return number(data, key)
 }
 
 // number finds the number after key at the start of a line, or the one that is all of
