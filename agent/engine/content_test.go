@@ -18,11 +18,13 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/moby/buildkit/client"
 	bksnapshot "github.com/moby/buildkit/snapshot"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/snapshot"
@@ -176,6 +178,31 @@ func TestAManifestDoesNotGetAnotherTenantsLayers(t *testing.T) {
 	_, err = attackers.Stat(ctx, top)
 	require.NoError(t, err, "and the node has it once")
 	require.NoError(t, from("attacker", mine), "and has it from then on")
+}
+
+// TestDomainsUseTheSameImageAtOnce copies from one image in several domains, each of
+// which looks at the image's layers.
+func TestDomainsUseTheSameImageAtOnce(t *testing.T) {
+	n := openTestNode(t)
+	img, err := random.Image(4096, 2)
+	require.NoError(t, err)
+	server := httptest.NewServer(registry.New())
+	defer server.Close()
+	ref, err := name.ParseReference(strings.TrimPrefix(server.URL, "http://") + "/image:1")
+	require.NoError(t, err)
+	require.NoError(t, remote.Write(ref, img))
+	var builds errgroup.Group
+	for _, d := range []Domain{
+		{Tenant: "a", Sandbox: sandbox.Userns}, {Tenant: "a", Sandbox: sandbox.GVisor}, {Tenant: "b", Sandbox: sandbox.Userns}, {Tenant: "c", Sandbox: sandbox.GVisor},
+	} {
+		builds.Go(func() error {
+			return n.with(context.Background(), d, func(c *client.Client) error {
+				_, _, err := build(t, c, "FROM scratch\nCOPY --from="+ref.Name()+" / /copied\n", nil, nil)
+				return err
+			})
+		})
+	}
+	require.NoError(t, builds.Wait())
 }
 
 // TestContentServiceShowsATenantItsOwn lists and reads over the service that stock

@@ -86,7 +86,29 @@ func (s *domainSnapshots) View(ctx context.Context, key, parent string, opts ...
 	if err := s.visible(ctx, parent); err != nil {
 		return nil, err
 	}
-	return s.Snapshotter.View(ctx, key, parent, s.mark(opts)...)
+	mounts, err := s.Snapshotter.View(ctx, key, parent, s.mark(opts)...)
+	if !errdefs.IsAlreadyExists(err) {
+		return mounts, err
+	}
+	// BuildKit names views after what they show, and uses one that is there. Another
+	// domain's view of what this one may see is as good as its own.
+	info, serr := s.Snapshotter.Stat(ctx, key)
+	if serr != nil || info.Kind != snapshots.KindView || info.Parent != parent {
+		return nil, err
+	}
+	if uerr := s.markExisting(ctx, key); uerr != nil {
+		return nil, uerr
+	}
+	return nil, err
+}
+
+// markExisting labels a snapshot that another domain has made too.
+func (s *domainSnapshots) markExisting(ctx context.Context, name string) error {
+	info := snapshots.Info{Name: name, Labels: map[string]string{s.label: had}}
+	if _, err := s.Snapshotter.Update(ctx, info, "labels."+s.label); err != nil {
+		return fmt.Errorf("mark snapshot %s: %w", name, err)
+	}
+	return nil
 }
 
 func (s *domainSnapshots) visible(ctx context.Context, parent string) error {
@@ -108,9 +130,8 @@ func (s *domainSnapshots) Commit(ctx context.Context, name, key string, opts ...
 	if !errdefs.IsAlreadyExists(err) {
 		return err
 	}
-	info := snapshots.Info{Name: name, Labels: map[string]string{s.label: had}}
-	if _, uerr := s.Snapshotter.Update(ctx, info, "labels."+s.label); uerr != nil {
-		return fmt.Errorf("mark snapshot %s: %w", name, uerr)
+	if uerr := s.markExisting(ctx, name); uerr != nil {
+		return uerr
 	}
 	return err
 }
