@@ -133,7 +133,7 @@ func TestRefusals(t *testing.T) {
 		return agent.TenantRules{
 			Rules: []policy.Rules{{
 				Name: "strict", RequiredClass: "gvisor", Networks: []string{"none"}, MaxTimeout: time.Minute,
-				Max: policy.Limits{MemoryBytes: 1000}, Pull: []string{"good.example"}, Push: []string{"good.example"},
+				Max: policy.Limits{MemoryBytes: 64 << 20}, Pull: []string{"good.example"}, Push: []string{"good.example"},
 			}},
 			NodeImages: []string{"node.example"},
 		}
@@ -170,7 +170,7 @@ func TestRefusals(t *testing.T) {
 		{"a class that does not exist", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Sandbox = 77 })}, codes.InvalidArgument, "spec.sandbox"},
 		{"a class that policy refuses", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Sandbox = agentv1.SandboxClass_SANDBOX_CLASS_USERNS })}, codes.PermissionDenied, "spec.sandbox"},
 		{"a network that policy refuses", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Network = agentv1.NetworkMode_NETWORK_MODE_EGRESS })}, codes.PermissionDenied, "spec.network"},
-		{"more memory than policy allows", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Resources = &agentv1.Resources{MemoryBytes: 1001} })}, codes.PermissionDenied, "spec.resources.memory_bytes"},
+		{"more memory than policy allows", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Resources = &agentv1.Resources{MemoryBytes: 64<<20 + 1} })}, codes.PermissionDenied, "spec.resources.memory_bytes"},
 		{"more CPU than the node has", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Resources = &agentv1.Resources{CpuMillis: 4001} })}, codes.FailedPrecondition, "spec.resources.cpu_millis"},
 		{"a longer timeout", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) { s.Timeout = durationpb.New(time.Hour) })}, codes.PermissionDenied, "spec.timeout"},
 		{"a registry to pull from", &agentv1.StartBuildRequest{BuildId: "x", Spec: with(func(s *agentv1.BuildSpec) {
