@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -57,6 +58,9 @@ func Open(ctx context.Context, root string) (_ *Store, err error) {
 	if s.overlay, err = overlay.NewSnapshotter(filepath.Join(root, "snapshots")); err != nil {
 		return nil, fmt.Errorf("open snapshots in %s: %w", root, err)
 	}
+	if err := s.removeLeft(ctx, filepath.Join(root, "snapshots", "snapshots")); err != nil {
+		return nil, err
+	}
 	content, err := local.NewStore(filepath.Join(root, "content"))
 	if err != nil {
 		return nil, fmt.Errorf("open content in %s: %w", root, err)
@@ -74,6 +78,22 @@ func Open(ctx context.Context, root string) (_ *Store, err error) {
 		return nil, fmt.Errorf("read metadata in %s: %w", root, err)
 	}
 	return s, nil
+}
+
+// removeLeft removes directories of snapshots that have no record. A process that was
+// killed between the two has left them, and the next snapshot would get the number
+// of one.
+func (s *Store) removeLeft(ctx context.Context, dir string) error {
+	err := s.overlay.(snapshots.Cleaner).Cleanup(ctx)
+	if errdefs.IsNotFound(err) { // there never was a record
+		if err = os.RemoveAll(dir); err == nil {
+			err = os.Mkdir(dir, 0o700)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove what is left of snapshots in %s: %w", dir, err)
+	}
+	return nil
 }
 
 // Snapshots returns the store's snapshotter. Callers set Namespace in the

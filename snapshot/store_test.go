@@ -3,6 +3,7 @@ package snapshot
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -45,6 +46,21 @@ func TestReopenKeepsWhatWasWritten(t *testing.T) {
 	info, err := s.Snapshots().Stat(ctx, "committed")
 	require.NoError(t, err)
 	require.Equal(t, snapshots.KindCommitted, info.Kind)
+}
+
+// TestKilledWhileASnapshotIsMade has a directory for which there is no record.
+func TestKilledWhileASnapshotIsMade(t *testing.T) {
+	ctx := namespaces.WithNamespace(context.Background(), Namespace)
+	root := t.TempDir()
+	left := filepath.Join(root, "snapshots", "snapshots", "1")
+	require.NoError(t, os.MkdirAll(filepath.Join(left, "fs", "half"), 0o755))
+	s, err := Open(ctx, root)
+	require.NoError(t, err)
+	defer s.Close()
+	_, err = s.Snapshots().Prepare(ctx, "new", "")
+	require.NoError(t, err)
+	require.DirExists(t, filepath.Join(left, "fs"), "the new snapshot has its number")
+	require.NoDirExists(t, filepath.Join(left, "fs", "half"))
 }
 
 func TestCollectionRemovesWhatNothingProtects(t *testing.T) {
