@@ -119,7 +119,8 @@ func TestIngestsOfDomainsDoNotMeet(t *testing.T) {
 func TestAManifestDoesNotGetAnotherTenantsLayers(t *testing.T) {
 	full := httptest.NewServer(registry.New())
 	defer full.Close()
-	img, err := random.Image(4096, 2)
+	// With two layers BuildKit races with itself when fetching one of them fails.
+	img, err := random.Image(4096, 1)
 	require.NoError(t, err)
 	push := func(server string) string {
 		ref, err := name.ParseReference(strings.TrimPrefix(server, "http://") + "/image:1")
