@@ -48,20 +48,9 @@ type IDMap struct {
 	UID, GID uint32
 }
 
-// Mount shows tree at target, an existing directory, or an existing file when
-// what is shown is not a directory. The function that it returns takes the mount
-// away again; files written through the mount are complete when it has returned.
-func Mount(tree sandbox.Tree, target string, opts Options) (unmount func() error, err error) {
-	fd, _, err := detached(tree, opts)
-	if err != nil {
-		return nil, fmt.Errorf("mount at %s: %w", target, err)
-	}
-	defer unix.Close(fd)
-	return attach(fd, tree, target, opts)
-}
-
-// Make is like Mount, but makes target, a directory or a file as what is shown
-// needs it. The function that it returns also removes target.
+// Make makes target, a directory or a file as what is shown needs it, and shows tree
+// there. The function that it returns takes the mount away again and removes target;
+// files written through the mount are complete when it has returned.
 func Make(tree sandbox.Tree, target string, opts Options) (unmount func() error, err error) {
 	fd, dir, err := detached(tree, opts)
 	if err != nil {
