@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kiln-build/kiln/agent/config"
+	"github.com/kiln-build/kiln/cmd/internal/program"
 	"github.com/kiln-build/kiln/sandbox/mountns"
 )
 
@@ -57,7 +58,7 @@ func newCommand() *cobra.Command {
 			}
 			return nil
 		},
-		Version: version(), SilenceUsage: true, SilenceErrors: true,
+		Version: program.Version(), SilenceUsage: true, SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := f.load()
 			if err != nil {

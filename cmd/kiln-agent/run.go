@@ -19,6 +19,7 @@ import (
 	"github.com/kiln-build/kiln/agent/engine"
 	"github.com/kiln-build/kiln/agent/nodeengine"
 	"github.com/kiln-build/kiln/agent/server"
+	"github.com/kiln-build/kiln/cmd/internal/program"
 	"github.com/kiln-build/kiln/snapshot"
 )
 
@@ -44,7 +45,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 		return err
 	}
 	down.add(unlock)
-	runsc := findTool(cfg.Sandboxes.RunscPath, "runsc")
+	runsc := program.Find(cfg.Sandboxes.RunscPath, "runsc")
 	sandboxes, err := checkSandboxes(ctx, cfg, runsc, log)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
@@ -83,7 +84,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	}
 	down.add(stopFollowing)
 	agentCfg := agent.Config{
-		Root: cfg.Root, Node: name, Version: version(), BuildKitVersion: moduleVersion("github.com/moby/buildkit"),
+		Root: cfg.Root, Node: name, Version: program.Version(), BuildKitVersion: program.ModuleVersion("github.com/moby/buildkit"),
 		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: withCluster(rules(cfg), cluster),
 		Queue: queueLimits(cfg, disk), Records: recordLimits(cfg.Records), Uploads: uploadLimits(cfg, disk),
 		Metrics: agent.NewMetrics(registry), Tracer: tracing.provider, Logger: log,
@@ -197,7 +198,7 @@ func newRegistry(node string) *prometheus.Registry {
 	reg := prometheus.NewRegistry()
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "kiln_agent_info", Help: "1, with the agent's version and node.",
-		ConstLabels: prometheus.Labels{"version": version(), "node": node},
+		ConstLabels: prometheus.Labels{"version": program.Version(), "node": node},
 	})
 	info.Set(1)
 	reg.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -21,27 +18,6 @@ import (
 
 // checkTimeout bounds one check of the node.
 const checkTimeout = 30 * time.Second
-
-// findTool returns configured, or the program of that name beside this one or on the
-// PATH, or nothing.
-func findTool(configured, name string) string {
-	if configured != "" {
-		return configured
-	}
-	if exe, err := os.Executable(); err == nil {
-		if exe, err = filepath.EvalSymlinks(exe); err == nil {
-			p := filepath.Join(filepath.Dir(exe), name)
-			if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
-				return p
-			}
-		}
-	}
-	p, err := exec.LookPath(name)
-	if err != nil {
-		return ""
-	}
-	return p
-}
 
 // checkSandboxes tries what the enabled classes of sandbox need of the node, and
 // returns how each does, the strongest first. It is an error when none works.

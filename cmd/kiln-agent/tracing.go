@@ -14,6 +14,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/kiln-build/kiln/agent/config"
+	"github.com/kiln-build/kiln/cmd/internal/program"
 )
 
 // flushTimeout bounds how long the last spans may take.
@@ -46,7 +47,7 @@ func startTracing(ctx context.Context, cfg config.Tracing, node string) (*tracin
 		sdktrace.WithBatcher(exporter),
 		sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(float64(*cfg.SamplingRatePerMillion)/million))),
 		sdktrace.WithResource(resource.NewSchemaless(
-			attribute.String("service.name", "kiln-agent"), attribute.String("service.version", version()), attribute.String("k8s.node.name", node),
+			attribute.String("service.name", "kiln-agent"), attribute.String("service.version", program.Version()), attribute.String("k8s.node.name", node),
 		)),
 	)
 	return &tracing{provider: provider, stop: func() error {

@@ -7,11 +7,11 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/kiln-build/kiln/cmd/internal/program"
 	"github.com/kiln-build/kiln/cmd/kiln/cli"
 	"github.com/kiln-build/kiln/sandbox/mountns"
 )
@@ -31,27 +31,10 @@ func main() {
 		os.Exit(cli.ExitInterrupted)
 	}()
 	app := &cli.App{
-		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: version(),
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Version: program.Version(),
 		// Only commands that start an engine enter a mount namespace, and only once:
 		// the App calls it, and not main, because it has read the flags.
 		Isolate: mountns.Enter, Start: startEngine,
 	}
 	os.Exit(app.Main(ctx, os.Args[1:]))
-}
-
-// version returns the module's version, or the commit that was built.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if v := info.Main.Version; v != "" && v != "(devel)" {
-		return v
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return "devel-" + s.Value
-		}
-	}
-	return "devel"
 }

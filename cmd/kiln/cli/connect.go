@@ -5,14 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/moby/buildkit/client"
 	"github.com/spf13/pflag"
 
+	"github.com/kiln-build/kiln/cmd/internal/program"
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/snapshot"
 )
@@ -138,21 +137,7 @@ func ignoreCanceled(err error) error {
 }
 
 // findTool returns the path of an OCI runtime: the one that KILN_NAME names, else
-// the one beside this program, else the one on the PATH, else an empty string.
+// where program.Find finds it, else an empty string.
 func findTool(name string) string {
-	if p := os.Getenv("KILN_" + strings.ToUpper(name)); p != "" {
-		return p
-	}
-	if exe, err := os.Executable(); err == nil {
-		if exe, err = filepath.EvalSymlinks(exe); err == nil {
-			p := filepath.Join(filepath.Dir(exe), name)
-			if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
-				return p
-			}
-		}
-	}
-	if p, err := exec.LookPath(name); err == nil {
-		return p
-	}
-	return ""
+	return program.Find(os.Getenv("KILN_"+strings.ToUpper(name)), name)
 }
