@@ -9,10 +9,12 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/test/registry"
 )
 
 func TestBuildxBuildsAndPushes(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	inEachSandbox(t, func(t *testing.T, a *agent) {
 		a.useBuildx()
 		require.Contains(t, a.buildx("ls"), "running")
@@ -54,7 +56,7 @@ CMD ["/bin/busybox", "cat", "/greeting"]
 }
 
 func TestBuildxCacheGoesThroughTheRegistry(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	box := tools(t)
 	dir := contextDir(t, base+"RUN cat /proc/sys/kernel/random/uuid > /id\n", nil)
 	first, second := startAgent(t, "userns", ""), startAgent(t, "userns", "")

@@ -202,28 +202,3 @@ func readJSON(t *testing.T, v any, parts ...string) {
 	t.Helper()
 	require.NoError(t, json.Unmarshal([]byte(read(t, parts...)), v))
 }
-
-// startRegistry starts Debian's docker-registry on a loopback port and returns
-// its address.
-func startRegistry(t *testing.T) string {
-	t.Helper()
-	addr, dir := freeAddress(t), t.TempDir()
-	config := filepath.Join(dir, "config.yml")
-	require.NoError(t, os.WriteFile(config, fmt.Appendf(nil,
-		"version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s/data}}\nhttp: {addr: %q}\n", dir, addr), 0o600))
-	cmd := exec.Command("docker-registry", "serve", config)
-	require.NoError(t, cmd.Start(), "Debian's docker-registry is missing; run `make deps`")
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	require.Eventually(t, func() bool {
-		r, err := http.Get("http://" + addr + "/v2/")
-		if err != nil {
-			return false
-		}
-		r.Body.Close()
-		return r.StatusCode == http.StatusOK
-	}, 10*time.Second, 20*time.Millisecond, "the registry does not answer")
-	return addr
-}

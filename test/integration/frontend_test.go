@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/test/registry"
 )
 
 // TestDockerfileFromURL has the Dockerfile fetched from a loopback server.
@@ -46,7 +48,7 @@ func (n *node) pushDigest(dir, ref string, args ...string) string {
 
 // TestSBOMGeneratorRunsAsAStep has a scanner of our own look at the result.
 func TestSBOMGeneratorRunsAsAStep(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	inEachSandbox(t, func(t *testing.T, n *node) {
 		scanner := n.pushDigest(contextDir(t, base+`COPY --chmod=755 scan /scan
 ENTRYPOINT ["/scan"]
@@ -82,7 +84,7 @@ func spdxDocument(t *testing.T, layout string) string {
 // TestListedFrontendRunsInASandbox builds with BuildKit's own front end as an
 // external one.
 func TestListedFrontendRunsInASandbox(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	program, err := os.ReadFile(bin("dockerfile-frontend"))
 	require.NoError(t, err, "run `make test-tools`")
 	inEachSandbox(t, func(t *testing.T, n *node) {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -147,33 +146,6 @@ func withTools(t *testing.T) []string {
 	require.NoError(t, err, "Debian's busybox-static is missing; run `make deps`")
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "busybox"), data, 0o755))
 	return []string{"--build-context", "tools=" + dir}
-}
-
-// startRegistry starts Debian's docker-registry on a loopback port and returns
-// its address.
-func startRegistry(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	addr := l.Addr().String()
-	require.NoError(t, l.Close())
-	dir := t.TempDir()
-	write(t, dir, "config.yml", fmt.Sprintf("version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s/data}}\nhttp: {addr: %q}\n", dir, addr))
-	cmd := exec.Command("docker-registry", "serve", filepath.Join(dir, "config.yml"))
-	require.NoError(t, cmd.Start(), "Debian's docker-registry is missing; run `make deps`")
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	require.Eventually(t, func() bool {
-		r, err := http.Get("http://" + addr + "/v2/")
-		if err != nil {
-			return false
-		}
-		r.Body.Close()
-		return r.StatusCode == http.StatusOK
-	}, 10*time.Second, 20*time.Millisecond, "the registry does not answer")
-	return addr
 }
 
 // takeCensus compares what the node holds before the test and after it.

@@ -13,12 +13,14 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/test/registry"
 )
 
 // TestPushedImageRunsElsewhere pushes, pulls with skopeo, and starts the result
 // with runc alone.
 func TestPushedImageRunsElsewhere(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	n := newNode(t, "gvisor")
 	ref := reg + "/team/app:1"
 	n.mustBuild(contextDir(t, base+"RUN echo 'echo it runs' > /run.sh\nCMD [\"/bin/busybox\", \"sh\", \"/run.sh\"]\n", nil), append(withTools(t), "-t", ref, "--push")...)
@@ -66,7 +68,7 @@ func manifestLayers(t *testing.T, layout string) []string {
 // TestCacheGoesThroughARegistryAndADirectory builds on one node and finds the
 // steps cached on another.
 func TestCacheGoesThroughARegistryAndADirectory(t *testing.T) {
-	reg := startRegistry(t)
+	reg := registry.Start(t, registry.Config{})
 	local := t.TempDir()
 	dir := contextDir(t, base+"RUN echo expensive > /f\n", nil)
 	tools := withTools(t)
