@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 KUBERNETES := $(addprefix $(BIN)/,etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
 CONTAINERD := $(addprefix $(BIN)/,containerd containerd-shim-runc-v2 ctr host-local portmap ptp)
 
-.PHONY: help build deps kiln quickstart test lint generate bench clean test-tools cluster-tools cluster-up cluster-down cluster-deploy images generated
+.PHONY: help build deps kiln quickstart test security-results lint generate bench clean test-tools cluster-tools cluster-up cluster-down cluster-deploy images generated
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 
 test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m ./...
+
+security-results: build ## Attack kiln, and write docs/security-results.md
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 20m ./test/escape -write
 
 lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API and generated code
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
