@@ -75,13 +75,15 @@ type Result struct {
 	// ExitCode is the exit status, or 128 plus the signal number when a signal
 	// ended the process.
 	ExitCode int
-	// OOMKilled is set when the kernel killed a process of the step because its
-	// memory limit was reached, or because the node had no memory left. What the step
-	// wrote may be lost then.
-	OOMKilled bool
-	// PIDsReached is set when a process or thread of the step could not be started
-	// because its limit of them was reached.
-	PIDsReached bool
+	// Reached are the limits that the step ran into: a process of it was killed for
+	// memory, could not be started, or got no more disk. The node's own end of memory
+	// counts as LimitMemory. A step can go on after some and end well. What it wrote
+	// may be lost after others.
+	Reached []Limit
+	// EndedBy is the one of them for which the runtime itself ended the step, or
+	// refuses what it left; "" when it did not. The step has failed then, whatever
+	// ExitCode is.
+	EndedBy Limit
 	// Usage is what the step used. It is zero in the result of Exec.
 	Usage Usage
 }

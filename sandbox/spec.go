@@ -33,9 +33,9 @@ func BaseSpec(step *Step, p Process, ids UserIDs, netns string, noNewPrivs bool)
 	if hostname == "" {
 		hostname = DefaultHostname
 	}
-	shm := step.ShmSize
+	shm := step.Limits.ShmBytes
 	if shm == 0 {
-		shm = DefaultShmSize
+		shm = DefaultShmBytes
 	}
 	s := &specs.Spec{
 		Version:  "1.2.0",

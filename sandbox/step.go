@@ -40,9 +40,6 @@ type Step struct {
 	// ExtraHosts are added to /etc/hosts.
 	ExtraHosts []HostEntry
 
-	// ShmSize is the size of /dev/shm in bytes; 0 means DefaultShmSize.
-	ShmSize int64
-
 	// Limits bound what the step uses.
 	Limits Limits
 }
@@ -50,9 +47,6 @@ type Step struct {
 // DefaultHostname is the host name of a step that names none. It is the one that
 // BuildKit gives, so that layers do not differ.
 const DefaultHostname = "buildkitsandbox"
-
-// DefaultShmSize is the size of a step's /dev/shm in bytes.
-const DefaultShmSize = 64 << 20
 
 // Tree is a directory tree of the node that a step sees. Exactly one of Dir,
 // Lower and Tmpfs is set. On disk every tree holds IDs as an image layer does,
@@ -167,7 +161,7 @@ func (s *Step) Validate() error {
 	default:
 		return fmt.Errorf("network %q: want %s or %s", s.Network, NetworkNone, NetworkEgress)
 	}
-	if err := s.Limits.validate(); err != nil {
+	if err := s.Limits.Validate(); err != nil {
 		return fmt.Errorf("limits: %w", err)
 	}
 	for i, m := range s.Mounts {

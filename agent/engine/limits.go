@@ -70,11 +70,11 @@ func exitError(ctx context.Context, res *sandbox.Result, l sandbox.Limits, valid
 	switch {
 	case ctx.Err() != nil:
 		exit.Err = context.Cause(ctx)
-	case res.OOMKilled && l.MemoryBytes > 0:
+	case res.Has(sandbox.LimitMemory) && l.MemoryBytes > 0:
 		exit.Err = fmt.Errorf("exit code: %d: out of memory: the limit of %s was reached", res.ExitCode, units.BytesSize(float64(l.MemoryBytes)))
-	case res.OOMKilled:
+	case res.Has(sandbox.LimitMemory):
 		exit.Err = fmt.Errorf("exit code: %d: out of memory: the node has none left for the step", res.ExitCode)
-	case res.PIDsReached:
+	case res.Has(sandbox.LimitPIDs):
 		exit.Err = fmt.Errorf("exit code: %d: the limit of %d processes and threads was reached", res.ExitCode, l.PIDs)
 	}
 	return exit

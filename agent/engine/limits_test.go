@@ -63,14 +63,14 @@ func TestExitErrorTellsTheLimit(t *testing.T) {
 		l    sandbox.Limits
 		want string
 	}{
-		{context.Background(), sandbox.Result{ExitCode: 137, OOMKilled: true}, l, "exit code: 137: out of memory: the limit of 64MiB was reached"},
-		{context.Background(), sandbox.Result{ExitCode: 1, OOMKilled: true}, sandbox.Limits{}, "exit code: 1: out of memory: the node has none left for the step"},
-		{context.Background(), sandbox.Result{ExitCode: 2, PIDsReached: true}, l, "exit code: 2: the limit of 7 processes and threads was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 137, Reached: []sandbox.Limit{sandbox.LimitMemory}}, l, "exit code: 137: out of memory: the limit of 64MiB was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 1, Reached: []sandbox.Limit{sandbox.LimitMemory}}, sandbox.Limits{}, "exit code: 1: out of memory: the node has none left for the step"},
+		{context.Background(), sandbox.Result{ExitCode: 2, Reached: []sandbox.Limit{sandbox.LimitPIDs}}, l, "exit code: 2: the limit of 7 processes and threads was reached"},
 		{context.Background(), sandbox.Result{ExitCode: 2}, l, "exit code: 2"},
-		{ended, sandbox.Result{ExitCode: 137, OOMKilled: true}, l, "somebody ended it"},
+		{ended, sandbox.Result{ExitCode: 137, Reached: []sandbox.Limit{sandbox.LimitMemory}}, l, "somebody ended it"},
 	} {
 		require.EqualError(t, exitError(tt.ctx, &tt.res, tt.l, nil), tt.want)
 	}
-	require.NoError(t, exitError(context.Background(), &sandbox.Result{OOMKilled: true}, l, nil), "who went on without the killed process ends well")
+	require.NoError(t, exitError(context.Background(), &sandbox.Result{Reached: []sandbox.Limit{sandbox.LimitMemory}}, l, nil), "who went on without the killed process ends well")
 	require.NoError(t, exitError(context.Background(), &sandbox.Result{ExitCode: 3}, l, []int{3}))
 }

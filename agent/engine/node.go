@@ -37,9 +37,12 @@ type NodeConfig struct {
 	// Space bounds what the caches of all domains occupy.
 	Space Space
 	// Limits returns the most that a step of a domain may use, whatever it asks for;
-	// nil, and zero fields: nothing is limited but processes, by DefaultPIDs. It is
-	// asked before each step and must not block.
+	// nil, and zero fields: nothing is limited but processes, open files, logs and
+	// /dev/shm, by the Default constants. It is asked before each step and must not block.
 	Limits func(Domain) sandbox.Limits
+	// OnStep, if set, is told of each step that has ended, before its builds are. It
+	// is called from several goroutines and must not block.
+	OnStep func(StepReport)
 	// Fetch says where sources by HTTP and git may come from and which registries may
 	// be reached, by address; nil: anything that this process can reach. A process
 	// may have one open Node with it.

@@ -70,8 +70,12 @@ func (g *Group) Account(res *sandbox.Result) error {
 	if err != nil {
 		return err
 	}
-	res.OOMKilled = res.OOMKilled || kills > 0
-	res.PIDsReached = refused > 0
+	if kills > 0 {
+		res.Reach(sandbox.LimitMemory)
+	}
+	if refused > 0 {
+		res.Reach(sandbox.LimitPIDs)
+	}
 	res.Usage, err = g.Usage()
 	return err
 }

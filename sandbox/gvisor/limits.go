@@ -31,8 +31,11 @@ func (s *stepRun) account(res *sandbox.Result) error { return s.box.cgroup.Accou
 // a process of the sandbox itself, the step ends with the sandbox, and what it wrote is
 // lost.
 func (s *stepRun) endedByLimit(err error) (*sandbox.Result, bool) {
-	res := &sandbox.Result{ExitCode: 128 + int(unix.SIGKILL), OOMKilled: errors.Is(err, cgroup.ErrInUse)}
-	if s.account(res) != nil || !res.OOMKilled && !res.PIDsReached {
+	res := &sandbox.Result{ExitCode: 128 + int(unix.SIGKILL)}
+	if errors.Is(err, cgroup.ErrInUse) {
+		res.Reach(sandbox.LimitMemory)
+	}
+	if s.account(res) != nil || len(res.Reached) == 0 {
 		return nil, false
 	}
 	return res, true

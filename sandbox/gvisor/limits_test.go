@@ -45,13 +45,13 @@ func TestMemoryLimit(t *testing.T) {
 		var out bytes.Buffer
 		step.Process.Stdout = &out
 		res, err := e.r.Run(context.Background(), step, nil)
-		if err != nil || res.ExitCode != 0 || res.OOMKilled {
+		if err != nil || res.ExitCode != 0 || res.Has(sandbox.LimitMemory) {
 			out.WriteString("failed")
 		}
 		beside <- out.String()
 	}()
 	res, out := e.limited(sandbox.Limits{MemoryBytes: 96 << 20}, eat+"eat 300; exit $?")
-	require.True(t, res.OOMKilled, out)
+	require.True(t, res.Has(sandbox.LimitMemory), out)
 	require.NotZero(t, res.ExitCode)
 	require.NotContains(t, out, "ate")
 	require.LessOrEqual(t, res.Usage.PeakMemory, int64(100<<20), "a process that is being killed may go beyond")
@@ -61,13 +61,13 @@ func TestMemoryLimit(t *testing.T) {
 	// The next sandboxes have no limit.
 	res, out = e.limited(sandbox.Limits{}, eat+"eat 60")
 	require.Zero(t, res.ExitCode)
-	require.False(t, res.OOMKilled)
+	require.False(t, res.Has(sandbox.LimitMemory))
 	require.Contains(t, out, "ate 60")
 	require.Greater(t, res.Usage.PeakMemory, int64(60<<20))
 
 	// A limit that the sandbox itself does not fit in.
 	res, _ = e.limited(sandbox.Limits{MemoryBytes: 2 << 20}, "true")
-	require.True(t, res.OOMKilled)
+	require.True(t, res.Has(sandbox.LimitMemory))
 	require.NotZero(t, res.ExitCode)
 }
 
@@ -78,11 +78,11 @@ func TestPIDLimit(t *testing.T) {
 	const many = "i=0; while [ $i -lt 200 ]; do busybox sleep 3 & i=$((i+1)); done; echo reached"
 	res, out := e.limited(sandbox.Limits{PIDs: 100}, many)
 	require.NotZero(t, res.ExitCode)
-	require.True(t, res.PIDsReached)
+	require.True(t, res.Has(sandbox.LimitPIDs))
 	require.NotContains(t, out, "reached")
 	res, out = e.limited(sandbox.Limits{}, many)
 	require.Zero(t, res.ExitCode)
-	require.False(t, res.PIDsReached)
+	require.False(t, res.Has(sandbox.LimitPIDs))
 	require.Contains(t, out, "reached", "the next sandboxes have no limit")
 }
 

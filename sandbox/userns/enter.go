@@ -79,7 +79,7 @@ func (e *entry) enter(s *script.Script, root script.FD, places []script.FD) {
 	s.Do(unix.SYS_CHDIR, "/")
 	s.For("set host name")
 	s.Do(unix.SYS_SETHOSTNAME, e.hostname, len(e.hostname))
-	if e.shmSize != 0 && e.shmSize != sandbox.DefaultShmSize {
+	if e.shmSize != 0 && e.shmSize != sandbox.DefaultShmBytes {
 		s.For("set size of /dev/shm")
 		s.Do(unix.SYS_MOUNT, "", "/dev/shm", "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, fmt.Sprintf("size=%d", e.shmSize))
 	}

@@ -262,7 +262,7 @@ func TestLimitsHostnameAndShm(t *testing.T) {
 	r := newRuntime(t)
 	step := newStep(t, "ulimit -n; ulimit -c; hostname; df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; touch /x 2>/dev/null || echo refused")
 	step.Process.Rlimits = []sandbox.Rlimit{{Type: "RLIMIT_NOFILE", Soft: 64, Hard: 64}, {Type: "RLIMIT_CORE"}}
-	step.Hostname, step.ShmSize, step.ReadonlyRoot = "builder", 1<<20, true
+	step.Hostname, step.Limits.ShmBytes, step.ReadonlyRoot = "builder", 1<<20, true
 	for _, d := range []string{"etc/hosts", "etc/resolv.conf"} {
 		require.NoError(t, os.WriteFile(filepath.Join(step.Root.Lower[0], d), nil, 0o644))
 	}

@@ -55,7 +55,7 @@ func closeAll(files []*os.File) {
 // step may use, if err says that.
 func tooSmall(err error) (*sandbox.Result, bool) {
 	if errors.Is(err, cgroup.ErrInUse) {
-		return &sandbox.Result{ExitCode: 128 + int(unix.SIGKILL), OOMKilled: true}, true
+		return &sandbox.Result{ExitCode: 128 + int(unix.SIGKILL), Reached: []sandbox.Limit{sandbox.LimitMemory}}, true
 	}
 	return nil, false
 }

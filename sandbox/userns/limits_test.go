@@ -40,13 +40,13 @@ func TestMemoryLimit(t *testing.T) {
 		var out bytes.Buffer
 		step.Process.Stdout = &out
 		res, err := r.Run(context.Background(), step, nil)
-		if err != nil || res.ExitCode != 0 || res.OOMKilled {
+		if err != nil || res.ExitCode != 0 || res.Has(sandbox.LimitMemory) {
 			out.WriteString("failed")
 		}
 		beside <- out.String()
 	}()
 	res, out := limited(t, r, sandbox.Limits{MemoryBytes: 32 << 20}, eat+"eat 100; exit $?")
-	require.True(t, res.OOMKilled, out)
+	require.True(t, res.Has(sandbox.LimitMemory), out)
 	require.NotZero(t, res.ExitCode)
 	require.NotContains(t, out, "ate")
 	require.LessOrEqual(t, res.Usage.PeakMemory, int64(36<<20), "a process that is being killed may go beyond")
@@ -55,19 +55,19 @@ func TestMemoryLimit(t *testing.T) {
 
 	// A child that is killed, of a shell that goes on.
 	res, out = limited(t, r, sandbox.Limits{MemoryBytes: 32 << 20}, eat+"(eat 100) 2>/dev/null; echo $?")
-	require.True(t, res.OOMKilled, out)
+	require.True(t, res.Has(sandbox.LimitMemory), out)
 	require.Zero(t, res.ExitCode)
 	require.Contains(t, out, "137")
 
 	// What is in memory file systems counts.
 	res, out = limited(t, r, sandbox.Limits{MemoryBytes: 32 << 20}, "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; e=$?; ls -l /dev/shm; exit $e")
-	require.True(t, res.OOMKilled, out)
+	require.True(t, res.Has(sandbox.LimitMemory), out)
 	require.NotZero(t, res.ExitCode)
 
 	// The next sandboxes have no limit.
 	res, out = limited(t, r, sandbox.Limits{}, eat+"eat 60")
 	require.Zero(t, res.ExitCode)
-	require.False(t, res.OOMKilled)
+	require.False(t, res.Has(sandbox.LimitMemory))
 	require.Contains(t, out, "ate 62914560")
 	require.Greater(t, res.Usage.PeakMemory, int64(60<<20))
 }
@@ -78,7 +78,7 @@ func TestPIDLimit(t *testing.T) {
 	require.NotZero(t, res.ExitCode)
 	require.Contains(t, out, "fork")
 	require.NotContains(t, out, "not reached")
-	require.True(t, res.PIDsReached)
+	require.True(t, res.Has(sandbox.LimitPIDs))
 
 	// A fork bomb ends with the step and hurts nobody else.
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
@@ -91,7 +91,7 @@ func TestPIDLimit(t *testing.T) {
 	}
 	res, _ = limited(t, r, sandbox.Limits{}, "i=0; while [ $i -lt 60 ]; do sleep 0.2 & i=$((i+1)); done; wait")
 	require.Zero(t, res.ExitCode, "the next sandboxes have no limit")
-	require.False(t, res.PIDsReached)
+	require.False(t, res.Has(sandbox.LimitPIDs))
 }
 
 func TestCPULimit(t *testing.T) {
@@ -155,7 +155,7 @@ func TestLimitsAreGoneWithTheSandbox(t *testing.T) {
 func TestTooLittleMemory(t *testing.T) {
 	r := newRuntime(t)
 	res, out := limited(t, r, sandbox.Limits{MemoryBytes: 1 << 20}, eat+"eat 20")
-	require.True(t, res.OOMKilled, out)
+	require.True(t, res.Has(sandbox.LimitMemory), out)
 	step := newStep(t, "true")
 	step.Limits.MemoryBytes = 1
 	_, err := r.Run(context.Background(), step, nil)

@@ -214,7 +214,7 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 	if err := run.recordStubs(rootfs); err != nil {
 		return nil, err
 	}
-	e := entry{root: root, readonly: step.ReadonlyRoot, hostname: step.Hostname, shmSize: step.ShmSize, cwd: step.Process.Cwd}
+	e := entry{root: root, readonly: step.ReadonlyRoot, hostname: step.Hostname, shmSize: step.Limits.ShmBytes, cwd: step.Process.Cwd}
 	if e.hostname == "" {
 		e.hostname = sandbox.DefaultHostname
 	}
