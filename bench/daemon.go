@@ -51,15 +51,15 @@ func startDaemon(ctx context.Context, ready func(context.Context) error, program
 
 func (d *daemon) StartTime() time.Duration { return d.start }
 
-// measure runs a client of the daemon. The memory is the daemon's, whose high-water
-// mark starts anew.
-func (d *daemon) measure(ctx context.Context, client string, args ...string) (usage, error) {
+// measure runs a client of the daemon as a user. The memory is the daemon's, whose
+// high-water mark starts anew.
+func (d *daemon) measure(ctx context.Context, uid uint32, client string, args ...string) (usage, error) {
 	pid := d.cmd.Process.Pid
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
 		return usage{}, err
 	}
 	begin := time.Now()
-	err := command(ctx, nil, client, args...)
+	err := commandAs(ctx, uid, nil, client, args...)
 	return usage{elapsed: time.Since(begin), peak: peakOf(pid)}, err
 }
 

@@ -20,6 +20,8 @@ const (
 	manyFiles = 20000
 	fileSize  = 11700 // 234 MB in all
 	cFiles    = 120
+	// smallCFiles are those of a small build.
+	smallCFiles = 12
 )
 
 // inputs are what builds start from.
@@ -29,8 +31,9 @@ type inputs struct {
 	csource      string // directory of C files and a Makefile
 }
 
-// prepareInputs makes what is missing in cache. What runs change is made in tmp.
-func prepareInputs(ctx context.Context, cache, tmp string) (*inputs, error) {
+// prepareInputs makes what is missing in cache. What runs change is made in tmp, the
+// many files only when they are needed.
+func prepareInputs(ctx context.Context, cache, tmp string, files bool) (*inputs, error) {
 	in := &inputs{
 		busybox: filepath.Join(cache, "busybox"), gcc: filepath.Join(cache, "gcc"),
 		files: filepath.Join(tmp, "files"), csource: filepath.Join(tmp, "csource"),
@@ -58,10 +61,12 @@ func prepareInputs(ctx context.Context, cache, tmp string) (*inputs, error) {
 	}); err != nil {
 		return nil, err
 	}
-	if err := makeFiles(filepath.Join(in.files, "data")); err != nil {
-		return nil, err
+	if files {
+		if err := makeFiles(filepath.Join(in.files, "data")); err != nil {
+			return nil, err
+		}
 	}
-	return in, makeCSource(filepath.Join(in.csource, "src"))
+	return in, makeCSource(filepath.Join(in.csource, "src"), cFiles)
 }
 
 // once makes a directory completely or not at all.
@@ -158,11 +163,11 @@ func makeFiles(dir string) error {
 	return nil
 }
 
-func makeCSource(dir string) error {
+func makeCSource(dir string, files int) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	for i := range cFiles {
+	for i := range files {
 		text := "#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n"
 		for f := range 12 {
 			text += fmt.Sprintf("int f%d_%d(int n, char *s) {\n\tint a = n;\n\tfor (int i = 0; i < n; i++) {\n\t\ta = a * %d + s[i %% (int)(strlen(s) + 1)];\n\t\tif (a %% 7 == 3) a ^= atoi(s);\n\t}\n\tprintf(\"%%d\\n\", a);\n\treturn a;\n}\n", i, f, 31+f)

@@ -17,7 +17,7 @@ type config struct {
 	kiln, agent                      string
 	buildkitd, buildctl, runc, runsc string
 	out, cache                       string
-	work, peers                      string
+	work, peers, bombs               string
 	n                                int
 }
 
@@ -40,6 +40,7 @@ func main() {
 	flag.StringVar(&c.cache, "cache", env("BENCH_CACHE", "/var/cache/kiln-bench"), "`directory` where inputs are kept")
 	flag.StringVar(&c.work, "work", "", "comma-separated `names` of workloads (default all)")
 	flag.StringVar(&c.peers, "peers", "", "comma-separated `names` of peers (default all)")
+	flag.StringVar(&c.bombs, "bombs", "", "comma-separated `names` of what the workload bombs has (default all)")
 	flag.IntVar(&c.n, "n", 5, "timed `runs` of each workload with each peer")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -71,6 +72,10 @@ func run(ctx context.Context, c config) (err error) {
 	if err != nil {
 		return err
 	}
+	list, err := pick("-bombs", bombs(), func(b bomb) string { return b.name }, c.bombs)
+	if err != nil {
+		return err
+	}
 	tmp, err := os.MkdirTemp("", "kiln-bench-")
 	if err != nil {
 		return err
@@ -81,7 +86,7 @@ func run(ctx context.Context, c config) (err error) {
 	}
 
 	fmt.Fprintln(os.Stderr, "preparing inputs in", c.cache)
-	in, err := prepareInputs(ctx, c.cache, tmp)
+	in, err := prepareInputs(ctx, c.cache, tmp, slices.ContainsFunc(works, func(w workload) bool { return w.push }))
 	if err != nil {
 		return fmt.Errorf("prepare inputs: %w", err)
 	}
@@ -107,6 +112,12 @@ func run(ctx context.Context, c config) (err error) {
 		rep.Peers = append(rep.Peers, peerInfo{Name: k.name, Note: k.note, StartSeconds: p.StartTime().Seconds()})
 	}
 	for _, w := range works {
+		if w.bombs {
+			if rep.Bombs, err = measureBombs(ctx, w, list, peers, in, tmp, c.n); err != nil {
+				return fmt.Errorf("workload %s: %w", w.name, err)
+			}
+			continue
+		}
 		res, err := measure(ctx, w, peers, in, reg.addr, tmp, c.n)
 		if err != nil {
 			return fmt.Errorf("workload %s: %w", w.name, err)

@@ -48,7 +48,8 @@ func peerKinds() []peerKind {
 		{"kiln-userns", "kiln build --sandbox userns: one process for each build, no daemon", startKiln("userns")},
 		{"kiln-gvisor", "kiln build --sandbox gvisor: one process for each build, no daemon", startKiln("gvisor")},
 		{"agent-buildctl", "kiln-agent as a daemon, sandbox userns, with the same buildctl and arguments as BuildKit", startAgent},
-		{"agent-kiln", "kiln-agent as a daemon, sandbox userns, with kiln build --agent", startAgentCLI},
+		{"agent-kiln", "kiln-agent as a daemon, sandbox userns, with kiln build --agent", startAgentCLI("agent-kiln", "userns")},
+		{"agent-gvisor", "the same with sandbox gvisor", startAgentCLI("agent-gvisor", "gvisor")},
 		{"buildkit-runc", "stock buildkitd as a daemon, OCI worker with runc, its default host network, steps as the node's root", startBuildKit(false)},
 		{"buildkit-runsc", "the same with runsc by a wrapper that drops run --keep; --overlay2=none --ignore-cgroups --network=host", startBuildKit(true)},
 	}
@@ -57,7 +58,16 @@ func peerKinds() []peerKind {
 // command runs a program to its end. On failure the error has the end of what it
 // said. watch, if not nil, gets the process as soon as it runs.
 func command(ctx context.Context, watch func(pid int), name string, args ...string) error {
+	return commandAs(ctx, 0, watch, name, args...)
+}
+
+// commandAs is command as a user.
+func commandAs(ctx context.Context, uid uint32, watch func(pid int), name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
+	if uid > 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		cmd.Env = append(os.Environ(), "HOME=/nonexistent")
+	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }

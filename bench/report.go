@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -30,7 +29,8 @@ type peerResult struct {
 	PeakBytes  []float64 `json:"peakBytes"`
 	Median     float64   `json:"medianSeconds"`
 	MedianPeak float64   `json:"medianPeakBytes"`
-	Error      string    `json:"error,omitempty"` // then there are no figures
+	Error      string    `json:"error,omitempty"`   // then there are no figures
+	Skipped    bool      `json:"skipped,omitempty"` // the peer cannot do this work
 }
 
 type workResult struct {
@@ -39,20 +39,42 @@ type workResult struct {
 	Peers []peerResult `json:"peers"`
 }
 
-func (w workResult) median(peer string) float64 {
+func (w workResult) of(peer string) peerResult {
 	i := slices.IndexFunc(w.Peers, func(p peerResult) bool { return p.Name == peer })
-	if i < 0 || w.Peers[i].Error != "" {
-		return math.NaN()
+	return w.Peers[i]
+}
+
+// seconds writes the median of a peer, or why there is none.
+func (w workResult) seconds(peer string) string {
+	switch p := w.of(peer); {
+	case p.Skipped:
+		return ""
+	case p.Error != "":
+		return "failed"
+	default:
+		return fmt.Sprintf("%.2f s", p.Median)
 	}
-	return w.Peers[i].Median
+}
+
+// compared writes how the medians of two peers relate.
+func (w workResult) compared(a, b string) string {
+	switch x, y := w.of(a), w.of(b); {
+	case x.Skipped || y.Skipped:
+		return ""
+	case x.Error != "" || y.Error != "":
+		return "failed"
+	default:
+		return fmt.Sprintf("%.2f×", ratio(x.Median, y.Median))
+	}
 }
 
 type report struct {
-	Date      time.Time    `json:"date"`
-	Machine   string       `json:"machine"`
-	Runs      int          `json:"runs"`
-	Peers     []peerInfo   `json:"peers"`
-	Workloads []workResult `json:"workloads"`
+	Date      time.Time      `json:"date"`
+	Machine   string         `json:"machine"`
+	Runs      int            `json:"runs"`
+	Peers     []peerInfo     `json:"peers"`
+	Workloads []workResult   `json:"workloads"`
+	Bombs     []besideResult `json:"bombs,omitempty"`
 }
 
 func newReport(n int) *report {
@@ -85,6 +107,8 @@ var comparisons = [][2]string{
 	{"kiln-gvisor", "buildkit-runsc"},
 	{"agent-buildctl", "buildkit-runc"},
 	{"agent-kiln", "buildkit-runc"},
+	{"agent-gvisor", "buildkit-runc"},
+	{"agent-gvisor", "buildkit-runsc"},
 }
 
 // print writes the table, in Markdown.
@@ -109,10 +133,10 @@ func (r *report) print(out io.Writer) error {
 	for _, wl := range r.Workloads {
 		row := "| " + wl.About
 		for _, p := range r.Peers {
-			row += "\t| " + figure(wl.median(p.Name), " s")
+			row += "\t| " + wl.seconds(p.Name)
 		}
 		for _, c := range pairs {
-			row += "\t| " + figure(ratio(wl.median(c[0]), wl.median(c[1])), "×")
+			row += "\t| " + wl.compared(c[0], c[1])
 		}
 		fmt.Fprintf(w, "%s\t|\n", row)
 	}
@@ -129,6 +153,9 @@ func (r *report) print(out io.Writer) error {
 		return err
 	}
 	fmt.Fprintln(out)
+	if err := r.printBeside(out); err != nil {
+		return err
+	}
 	for _, p := range r.Peers {
 		fmt.Fprintf(out, "- %s: %s", p.Name, p.Note)
 		if p.StartSeconds > 0 {
@@ -137,14 +164,6 @@ func (r *report) print(out io.Writer) error {
 		fmt.Fprintln(out)
 	}
 	return nil
-}
-
-// figure writes a number, or that there is none because a build failed.
-func figure(v float64, unit string) string {
-	if math.IsNaN(v) {
-		return "failed"
-	}
-	return fmt.Sprintf("%.2f%s", v, unit)
 }
 
 // failures is an error that names the builds without figures.
@@ -157,7 +176,7 @@ func (r *report) failures() error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, r.besideFailures())...)
 }
 
 func (r *report) write(dir string) error {

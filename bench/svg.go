@@ -47,6 +47,9 @@ func chart(r *report) []byte {
 			if longest == 0 {
 				width = 0
 			}
+			if p.Skipped {
+				continue
+			}
 			text(10, y+12, "small", p.Name)
 			label := fmt.Sprintf("%.2f s", p.Median)
 			if p.Error != "" {

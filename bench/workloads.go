@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,6 +23,41 @@ type workload struct {
 	before func(ctx context.Context, p peer, dir string, run int) error
 	// fresh gives every run a repository of its own.
 	fresh bool
+	// atOnce is how many builds run at once, each with a context and a first step of its
+	// own; 0 means one. Only daemons build several.
+	atOnce int
+	// fill adds files to the context of a build.
+	fill func(dir string) error
+	// bombs has the build measured beside bombs, instead of on its own.
+	bombs bool
+}
+
+// requests makes the contexts of a workload, and returns its builds.
+func (w *workload) requests(in *inputs, tmp string) ([]request, error) {
+	var out []request
+	for i := range max(w.atOnce, 1) {
+		dir, dockerfile := filepath.Join(tmp, "context-"+w.name), w.dockerfile
+		if w.atOnce > 0 {
+			dir = fmt.Sprint(dir, "-", i)
+			dockerfile = strings.Replace(dockerfile, "FROM base\n", fmt.Sprintf("FROM base\nRUN echo build %d\n", i), 1)
+		}
+		if w.context != nil {
+			dir = w.context(in)
+		}
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(dockerfile), 0o644); err != nil {
+			return nil, err
+		}
+		if w.fill != nil {
+			if err := w.fill(dir); err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, request{dir: dir, bases: w.base(in), noCache: w.noCache})
+	}
+	return out, nil
 }
 
 func busyboxBase(in *inputs) map[string]string { return map[string]string{"base": in.busybox} }
@@ -39,6 +76,8 @@ func workloads() []workload {
 	stages.WriteString("FROM base\n" + last.String())
 	copyFiles := "FROM base\nCOPY data /data\nRUN echo done\n"
 	files := func(in *inputs) string { return in.files }
+	small := "FROM base\n" + strings.Join(strings.SplitAfter(steps.String(), "\n")[1:11], "") + "COPY src /src\nRUN cd /src && make -s -j2\n"
+	smallSource := func(dir string) error { return makeCSource(filepath.Join(dir, "src"), smallCFiles) }
 
 	return []workload{
 		{name: "start", about: "one cached step: what a build costs before any work", base: busyboxBase, dockerfile: "FROM base\nRUN echo hello\n"},
@@ -47,6 +86,8 @@ func workloads() []workload {
 		{name: "stages", about: "8 parallel stages, no cache", base: busyboxBase, dockerfile: stages.String(), noCache: true},
 		{name: "compile", about: "120 C files, make -j2, no cache", base: gccBase, dockerfile: "FROM base\nCOPY src /src\nRUN cd /src && make -s -j2\n",
 			context: func(in *inputs) string { return in.csource }, noCache: true},
+		{name: "four", about: "4 builds at once, each 10 short steps and 12 C files, make -j2, no cache", base: gccBase, dockerfile: small, noCache: true, fill: smallSource, atOnce: 4},
+		{name: "bombs", about: "one of these beside bombs of another tenant", base: gccBase, dockerfile: small, noCache: true, fill: smallSource, bombs: true},
 		{name: "files", about: "one step: 10,000 small files, cp -a /usr, rm -rf both", base: gccBase, noCache: true,
 			dockerfile: "FROM base\nRUN mkdir /d && i=0 && while [ $i -lt 10000 ]; do echo $i > /d/$i; i=$((i+1)); done && cp -a /usr /usr2 && rm -rf /d /usr2\n"},
 		{name: "push-cold", about: "20,000 files, 234 MB: COPY, RUN, push, nothing known before", base: busyboxBase, context: files, dockerfile: copyFiles, push: true, fresh: true,
@@ -63,14 +104,8 @@ func workloads() []workload {
 // measure runs a workload n times with each peer, in turns.
 func measure(ctx context.Context, w workload, peers []peer, in *inputs, registryAddr, tmp string, n int) (workResult, error) {
 	res := workResult{Name: w.name, About: w.about}
-	dir := filepath.Join(tmp, "context-"+w.name)
-	if w.context != nil {
-		dir = w.context(in)
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return res, err
-	}
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(w.dockerfile), 0o644); err != nil {
+	requests, err := w.requests(in, tmp)
+	if err != nil {
 		return res, err
 	}
 	res.Peers = make([]peerResult, len(peers))
@@ -79,20 +114,23 @@ func measure(ctx context.Context, w workload, peers []peer, in *inputs, registry
 			if res.Peers[i].Name = p.Name(); res.Peers[i].Error != "" {
 				continue
 			}
+			if _, several := p.(tenantPeer); w.atOnce > 0 && !several {
+				res.Peers[i].Skipped = true
+				continue
+			}
 			if w.before != nil {
-				if err := w.before(ctx, p, dir, run); err != nil {
+				if err := w.before(ctx, p, requests[0].dir, run); err != nil {
 					return res, fmt.Errorf("prepare %s: %w", p.Name(), err)
 				}
 			}
-			r := request{dir: dir, bases: w.base(in), noCache: w.noCache}
 			if w.push {
 				repo := "push-" + p.Name()
 				if w.fresh {
 					repo = fmt.Sprintf("%s-%d-%s", w.name, run, p.Name())
 				}
-				r.push = registryAddr + "/" + repo + ":latest"
+				requests[0].push = registryAddr + "/" + repo + ":latest"
 			}
-			u, err := p.Build(ctx, r)
+			u, err := buildAll(ctx, p, requests)
 			if ctx.Err() != nil {
 				return res, ctx.Err()
 			}
@@ -109,7 +147,7 @@ func measure(ctx context.Context, w workload, peers []peer, in *inputs, registry
 		}
 	}
 	for i := range res.Peers {
-		if res.Peers[i].Error != "" {
+		if res.Peers[i].Error != "" || res.Peers[i].Skipped {
 			res.Peers[i].Seconds, res.Peers[i].PeakBytes = nil, nil
 			continue
 		}
@@ -117,4 +155,20 @@ func measure(ctx context.Context, w workload, peers []peer, in *inputs, registry
 		res.Peers[i].MedianPeak = median(res.Peers[i].PeakBytes)
 	}
 	return res, nil
+}
+
+// buildAll has a peer do builds at once. Its memory is the most that one of them saw.
+func buildAll(ctx context.Context, p peer, requests []request) (usage, error) {
+	used, errs := make([]usage, len(requests)), make([]error, len(requests))
+	begin := time.Now()
+	var all sync.WaitGroup
+	for i, r := range requests {
+		all.Go(func() { used[i], errs[i] = p.Build(ctx, r) })
+	}
+	all.Wait()
+	u := usage{elapsed: time.Since(begin)}
+	for _, one := range used {
+		u.peak = max(u.peak, one.peak)
+	}
+	return u, errors.Join(errs...)
 }
