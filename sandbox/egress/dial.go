@@ -8,7 +8,9 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -25,6 +27,11 @@ const (
 // DialContext connects as net.Dialer does, by TCP only, and to no address that p
 // denies. The error then wraps a *DeniedError.
 func (p *Policy) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return p.dial(ctx, network, address, p.Check)
+}
+
+// dial connects to an address that check permits.
+func (p *Policy) dial(ctx context.Context, network, address string, check func(string, netip.AddrPort) error) (net.Conn, error) {
 	if network != "tcp" && network != "tcp4" && network != "tcp6" {
 		return nil, fmt.Errorf("connect to %s: network %q is not for builds", address, network)
 	}
@@ -40,14 +47,15 @@ func (p *Policy) DialContext(ctx context.Context, network, address string) (net.
 			if err != nil {
 				return fmt.Errorf("check address %q: %w", to, err)
 			}
-			return p.Check(host, addr)
+			return check(host, addr)
 		},
 	}
 	return d.DialContext(ctx, network, address)
 }
 
-// CheckURL resolves the host of u and checks every address of it. A name that
-// cannot be resolved passes: it may be known only to who will connect.
+// CheckURL resolves the host of u and checks every address of it. A name that cannot
+// be resolved passes when no allow-list keeps it from being asked for: it may be known
+// only to who will connect.
 func (p *Policy) CheckURL(ctx context.Context, u *url.URL) error {
 	port, err := portOf(u)
 	if err != nil {
@@ -59,11 +67,28 @@ func (p *Policy) CheckURL(ctx context.Context, u *url.URL) error {
 	}
 	addrs, err := resolver.LookupNetIP(ctx, "ip", u.Hostname())
 	if err != nil {
-		return ctx.Err()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return p.checkName(u.Hostname(), port)
 	}
 	for _, a := range addrs {
 		if err := p.Check(u.Hostname(), netip.AddrPortFrom(a, port)); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// checkName judges a name that has no address here.
+func (p *Policy) checkName(host string, port uint16) error {
+	for _, r := range p.all() {
+		if len(r.Allow) == 0 {
+			continue
+		}
+		listed := slices.ContainsFunc(r.Allow, func(e Exception) bool { return e.names(host) && (e.port == 0 || e.port == port) })
+		if !listed {
+			return &DeniedError{Host: host, Address: netip.AddrPortFrom(netip.IPv4Unspecified(), port), Rules: r.Name}
 		}
 	}
 	return nil
@@ -89,19 +114,33 @@ func portOf(u *url.URL) (uint16, error) {
 }
 
 // Transport returns a new transport whose connections p allows. Where the
-// environment says to use a proxy, the proxy's address must be allowed, and so
-// must every address that the target's name has here; what the proxy then
-// connects to is its own matter. HTTP/2 is off: its flow control slows pushes.
+// environment says to use a proxy, the proxy's address must be allowed, but in no
+// allow-list, and so must every address that the target's name has here; what the proxy
+// then connects to is its own matter. HTTP/2 is off: its flow control slows pushes.
 func (p *Policy) Transport() *http.Transport {
+	var proxies sync.Map // addresses of the environment's proxies
 	return &http.Transport{
 		Proxy: func(req *http.Request) (*url.URL, error) {
 			proxy, err := http.ProxyFromEnvironment(req)
 			if proxy == nil || err != nil {
 				return nil, err
 			}
+			port, err := portOf(proxy)
+			if err != nil {
+				return nil, err
+			}
+			proxies.Store(net.JoinHostPort(proxy.Hostname(), strconv.Itoa(int(port))), true)
 			return proxy, p.CheckURL(req.Context(), req.URL)
 		},
-		DialContext:           p.DialContext,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			if _, ok := proxies.Load(address); !ok {
+				return p.DialContext(ctx, network, address)
+			}
+			return p.dial(ctx, network, address, func(host string, to netip.AddrPort) error {
+				host, to = plain(host, to)
+				return p.checkRanges(host, to, nil)
+			})
+		},
 		MaxIdleConns:          30,
 		MaxIdleConnsPerHost:   4,
 		IdleConnTimeout:       idleTimeout,

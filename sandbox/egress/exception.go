@@ -2,19 +2,22 @@ package egress
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"regexp"
 	"strconv"
 	"strings"
 )
 
-// Exception is what may be reached although a rule denies it: addresses, or a
-// host by its name, each on one port or on all.
+// Exception is what may be reached although a rule denies it, or what an allow-list
+// has: addresses, or hosts by name, each on one port or on all.
 type Exception struct {
 	// prefix has the addresses; it is not valid when host is set.
 	prefix netip.Prefix
 	// host is a name in lower case, without a dot at its end.
 	host string
+	// subdomains says that all names below host are meant, and not host itself.
+	subdomains bool
 	// port is 0 for all.
 	port uint16
 }
@@ -23,38 +26,56 @@ type Exception struct {
 // letter.
 var hostName = regexp.MustCompile(`^([a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9])?\.)*[a-z]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
-// ParseException reads a CIDR ("10.1.0.0/16"), an address ("10.1.2.3"), or a host
-// name ("registry.internal"), of which the last two may be followed by a port
-// ("10.1.2.3:5000", "[fd00::1]:5000").
+// ParseException reads a CIDR ("10.1.0.0/16"), an address ("10.1.2.3"), a host name
+// ("registry.internal") or a domain whose subdomains are meant ("*.example.org"). Each
+// may be followed by a port ("10.1.0.0/16:443", "[fd00::1]:5000", "*.example.org:443").
 func ParseException(s string) (Exception, error) {
-	if prefix, err := netip.ParsePrefix(s); err == nil {
+	host, port, err := cutPort(s)
+	if err != nil {
+		return Exception{}, err
+	}
+	e := Exception{port: port}
+	if prefix, err := netip.ParsePrefix(host); err == nil {
 		if prefix.Addr().Is4In6() {
 			return Exception{}, fmt.Errorf("%q: write it as IPv4", s)
 		}
 		if prefix != prefix.Masked() {
 			return Exception{}, fmt.Errorf("%q has bits set beyond its length; did you mean %q?", s, prefix.Masked())
 		}
-		return Exception{prefix: prefix}, nil
+		e.prefix = prefix
+		return e, nil
 	}
-	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
-		return Exception{prefix: single(addr)}, nil
+	if addr, err := netip.ParseAddr(host); err == nil && addr.Zone() == "" {
+		e.prefix = single(addr)
+		return e, nil
 	}
-	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Zone() == "" && ap.Port() != 0 {
-		return Exception{prefix: single(ap.Addr()), port: ap.Port()}, nil
-	}
-	host, port, hasPort := strings.Cut(s, ":")
-	e := Exception{host: canonical(host)}
-	if hasPort {
-		n, err := strconv.ParseUint(port, 10, 16)
-		if err != nil || n == 0 {
-			return Exception{}, fmt.Errorf("%q has no port from 1 to 65535 after its colon", s)
-		}
-		e.port = uint16(n)
-	}
+	e.host, e.subdomains = strings.CutPrefix(canonical(host), "*.")
 	if len(e.host) > 253 || !hostName.MatchString(e.host) {
-		return Exception{}, fmt.Errorf(`%q: want a CIDR, an IP address or a host name, the last two with a port if need be, such as "10.1.0.0/16" or "registry.internal:5000"`, s)
+		return Exception{}, fmt.Errorf(`%q: want a CIDR, an IP address, a host name or "*." and a domain, each with a port if need be, such as "10.1.0.0/16", "registry.internal:5000" or "*.example.org:443"`, s)
 	}
 	return e, nil
+}
+
+// cutPort splits s at the colon before a port, if there is one. An IPv6 address or CIDR
+// with a port is in brackets.
+func cutPort(s string) (host string, port uint16, err error) {
+	colon := strings.LastIndexByte(s, ':')
+	bracketed := strings.HasPrefix(s, "[")
+	if colon < 0 || !bracketed && strings.IndexByte(s, ':') != colon {
+		return s, 0, nil
+	}
+	if host = s[:colon]; bracketed {
+		inner, closed := strings.CutSuffix(host[1:], "]")
+		if !closed || !strings.Contains(inner, ":") {
+			return "", 0, fmt.Errorf("%q: brackets are for an IPv6 address that a port follows", s)
+		}
+		host = inner
+	}
+	n, err := strconv.ParseUint(s[colon+1:], 10, 16)
+	if err != nil || n == 0 {
+		return "", 0, fmt.Errorf("%q has no port from 1 to 65535 after its colon", s)
+	}
+	return host, uint16(n), nil
 }
 
 // ParseExceptions reads a list; the error names the first that cannot be read.
@@ -71,15 +92,33 @@ func ParseExceptions(list []string) ([]Exception, error) {
 
 // String returns e as ParseException reads it.
 func (e Exception) String() string {
+	to := e.host
 	switch {
-	case e.host != "" && e.port == 0:
-		return e.host
+	case e.subdomains:
+		to = "*." + e.host
 	case e.host != "":
-		return e.host + ":" + strconv.Itoa(int(e.port))
-	case e.port != 0:
-		return netip.AddrPortFrom(e.prefix.Addr(), e.port).String()
+	case e.prefix.IsSingleIP() && e.port != 0:
+		to = e.prefix.Addr().String()
+	default:
+		to = e.prefix.String()
 	}
-	return e.prefix.String()
+	if e.port == 0 {
+		return to
+	}
+	return net.JoinHostPort(to, strconv.Itoa(int(e.port)))
+}
+
+// named tells whether e is about hosts by their names.
+func (e Exception) named() bool { return e.host != "" }
+
+// names tells whether e is about the host of that name.
+func (e Exception) names(host string) bool {
+	host = canonical(host)
+	if e.subdomains {
+		sub, found := strings.CutSuffix(host, "."+e.host)
+		return found && sub != ""
+	}
+	return e.named() && e.host == host
 }
 
 // covers tells whether e is about a connection to to that was asked for by the
@@ -88,8 +127,8 @@ func (e Exception) covers(host string, to netip.AddrPort) bool {
 	if e.port != 0 && e.port != to.Port() {
 		return false
 	}
-	if e.host != "" {
-		return e.host == canonical(host)
+	if e.named() {
+		return e.names(host)
 	}
 	// A wrapped address is not what the exception says.
 	return e.prefix.Contains(to.Addr().WithZone(""))

@@ -109,7 +109,7 @@ func TestRefusalSaysWhatToDo(t *testing.T) {
 func TestExceptionsThatCannotBeRead(t *testing.T) {
 	for _, s := range []string{
 		"", "::ffff:127.0.0.0/104", "10.0.0.1/8", "10.0.0.0/33", "127.1", "2130706433", "0x7f000001", "0x7f.1", "host:", "host:0", "host:65536", "host:x", "a b", "fe80::1%eth0",
-		"*.example.com", "http://host", "host/path", "-a", "a:1:2", "127.0.0.1:0", "::1:", "[::1]", "host name:80", "1.2.3.4.5", "é.example",
+		"*", "*.", "*x.example", "a.*.example", "*.1.2", "[10.0.0.1]:80", "[fd00::/8]", "fd00::/8:443", "10.0.0.0/8:0", "http://host", "host/path", "-a", "a:1:2", "127.0.0.1:0", "::1:", "[::1]", "host name:80", "1.2.3.4.5", "é.example",
 	} {
 		_, err := ParseException(s)
 		require.Error(t, err, s)
@@ -124,7 +124,7 @@ func TestUnknownNodeAddressesDeny(t *testing.T) {
 }
 
 func FuzzParseException(f *testing.F) {
-	for _, s := range []string{"10.0.0.0/8", "127.0.0.1:5000", "[::1]:7", "registry.internal:443", "fe80::/10", "127.1", "::ffff:1.2.3.4"} {
+	for _, s := range []string{"10.0.0.0/8", "10.0.0.0/8:443", "[fd00::/8]:443", "*.example.org:80", "127.0.0.1:5000", "[::1]:7", "registry.internal:443", "fe80::/10", "127.1", "::ffff:1.2.3.4"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
