@@ -36,7 +36,7 @@ type env struct {
 }
 
 // build is what an attacker sends. Its Dockerfile may start FROM tools: a root file
-// system with busybox and its applets, /bin/attack (testdata/attack.c) and nothing
+// system with busybox and its applets, /bin/attack (testdata/attack) and nothing
 // else.
 type build struct {
 	// Tenant is the attacker when it is empty.
@@ -107,7 +107,7 @@ func (e *env) BuildContext(t *testing.T, ctx context.Context, b build) (r result
 	require.NoError(t, err)
 	defer c.Close()
 
-	r.Dir = filepath.Join(t.TempDir(), "out")
+	r.Dir = filepath.Join(e.dir(t), "out")
 	opt := e.solveOpt(t, b, r.Dir)
 	if b.Change != nil {
 		b.Change(&opt)
@@ -133,14 +133,14 @@ func (e *env) solveOpt(t *testing.T, b build, out string) client.SolveOpt {
 	t.Helper()
 	dir := b.Context
 	if dir == "" {
-		dir = t.TempDir()
+		dir = e.dir(t)
 		for name, content := range b.Files {
 			path := filepath.Join(dir, name)
 			require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
 			require.NoError(t, os.WriteFile(path, []byte(content), 0o755))
 		}
 	}
-	file := t.TempDir()
+	file := e.dir(t)
 	require.NoError(t, os.WriteFile(filepath.Join(file, "Dockerfile"), []byte(b.Dockerfile), 0o644))
 	local := func(dir string) fsutil.FS {
 		f, err := fsutil.NewFS(dir)
@@ -261,13 +261,25 @@ func makeTools(t *testing.T) string {
 			require.NoError(t, os.Symlink("busybox", filepath.Join(bin, name)))
 		}
 	}
-	compile(t, "testdata/attack.c", filepath.Join(bin, "attack"))
+	compile(t, "testdata/attack/*.c", filepath.Join(bin, "attack"))
 	return root
 }
 
-// compile makes a static program of a C file.
-func compile(t *testing.T, source, program string) {
+// compile makes a static program of C files.
+func compile(t *testing.T, pattern, program string) {
 	t.Helper()
-	msg, err := exec.Command("gcc", "-static", "-O1", "-pthread", "-Wall", "-Werror", "-o", program, source).CombinedOutput()
+	sources, err := filepath.Glob(pattern)
+	require.NoError(t, err)
+	msg, err := exec.Command("gcc", append([]string{"-static", "-O1", "-pthread", "-Wall", "-Werror", "-o", program}, sources...)...).CombinedOutput()
 	require.NoError(t, err, "gcc; run `make deps`: %s", msg)
+}
+
+// memo returns what f returned when key was first asked for; f may fail the test.
+func memo[T any](w *world, key string, f func() T) T {
+	if v, ok := w.memos[key]; ok {
+		return v.(T)
+	}
+	v := f()
+	w.memos[key] = v
+	return v
 }

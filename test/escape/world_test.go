@@ -57,10 +57,14 @@ type world struct {
 	// environment of the agent as CanaryEnv.
 	Canary, CanaryFile string
 
+	// temp is where entries have their files: the node's own are elsewhere.
+	temp string
 	// tools is a directory that is the root of attackers' images; see env.Build.
 	tools string
 	// outside is the network namespace of hosts that are not the node.
 	outside *os.File
+	// memos are results that several entries look at, see memo.
+	memos map[string]any
 }
 
 // CanaryEnv is the variable of the agent's environment that has the canary.
@@ -68,7 +72,7 @@ const CanaryEnv = "KILN_TEST_CREDENTIAL"
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{Canary: random(t)}
+	w := &world{Canary: random(t), memos: map[string]any{}, temp: t.TempDir()}
 	w.network(t)
 	// Builds see that name servers are those of the world.
 	resolv := filepath.Join(t.TempDir(), "resolv.conf")
@@ -106,6 +110,16 @@ func (w *world) open(t *testing.T, dir string, change func(*engine.NodeConfig)) 
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, n.Close()) })
 	return n
+}
+
+// dir returns a new directory, which is removed with the test.
+func (w *world) dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(w.temp, "")
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod(dir, 0o755))
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	return dir
 }
 
 // random returns a string that nothing else has.
