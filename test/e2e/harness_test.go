@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -86,8 +87,30 @@ func install(t *testing.T) *installation {
 	}
 	require.NoError(t, err, string(out))
 	t.Logf("kiln is deployed after %s", time.Since(began).Round(time.Second))
+	groups := kilnCgroups(t)
+	t.Cleanup(func() { in.uninstall(t, groups) })
 	in.prepare(t)
 	return in
+}
+
+// uninstall removes kiln as the documentation says. No cgroup that it made is left on
+// the nodes then but those that were there.
+func (in *installation) uninstall(t *testing.T, before []string) {
+	t.Helper()
+	in.kubectl(t, "delete", "-k", filepath.Join("..", "..", "deploy", "overlays", "test"), "--timeout=50s")
+	var left []string
+	require.Eventually(t, func() bool {
+		left = slices.DeleteFunc(kilnCgroups(t), func(g string) bool { return slices.Contains(before, g) })
+		return len(left) == 0
+	}, 20*time.Second, 100*time.Millisecond, "agents that have stopped left cgroups: %q", left)
+}
+
+// kilnCgroups lists the cgroups that agents made for steps.
+func kilnCgroups(t *testing.T) []string {
+	t.Helper()
+	groups, err := filepath.Glob("/sys/fs/cgroup/*/kiln/*/")
+	require.NoError(t, err)
+	return groups
 }
 
 // prepare makes the namespaces of the tests, which end with them.
