@@ -193,7 +193,7 @@ func TestPolicyRefusesAtAdmissionAndBehindIt(t *testing.T) {
 	}
 	// Without the webhook, as when somebody took it away.
 	got := await(t, create(t, asking("bypass")), v1alpha1.ReasonDenied)
-	require.Equal(t, `spec.runtimeClassName: denied by SandboxPolicy "restricted": sandbox must be gvisor, not userns`, condition(got).Message)
+	require.Equal(t, `spec.runtimeClassName: denied by SandboxPolicy "restricted", rule sandboxClasses.required: sandbox must be gvisor, not userns`, condition(got).Message)
 	require.Zero(t, twin.Started())
 
 	first.stop()
@@ -206,7 +206,7 @@ func TestPolicyRefusesAtAdmissionAndBehindIt(t *testing.T) {
 		err = api.Create(t.Context(), asking("refused"))
 		return err != nil && apierrors.IsForbidden(err)
 	}), "%v", err)
-	require.ErrorContains(t, err, `denied by SandboxPolicy "restricted": sandbox must be gvisor`)
+	require.ErrorContains(t, err, `denied by SandboxPolicy "restricted", rule sandboxClasses.required: sandbox must be gvisor`)
 	for name, c := range map[string]struct {
 		change func(*v1alpha1.Build)
 		want   string

@@ -14,7 +14,6 @@ import (
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
 	"github.com/moby/buildkit/identity"
-	"github.com/moby/buildkit/solver/pb"
 
 	"github.com/kiln-build/kiln/sandbox"
 )
@@ -23,6 +22,7 @@ import (
 // one domain.
 type stepExecutor struct {
 	runtimes *runtimes
+	policy   *stepPolicy
 	domain   Domain
 	owner    string
 }
@@ -30,7 +30,7 @@ type stepExecutor struct {
 var _ executor.Executor = (*stepExecutor)(nil)
 
 func newStepExecutor(r *runtimes, d Domain) *stepExecutor {
-	return &stepExecutor{runtimes: r, domain: d, owner: identity.NewID()}
+	return &stepExecutor{runtimes: r, policy: &stepPolicy{root: r.cfg.Root, rules: r.cfg.Rules}, domain: d, owner: identity.NewID()}
 }
 
 // Run implements executor.Executor.
@@ -44,6 +44,9 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 		})
 	}
 	defer start()
+	if err := e.policy.checkProcess(e.domain, process.Meta); err != nil {
+		return nil, err
+	}
 	rt, err := e.runtimes.get(ctx, e.domain.Sandbox)
 	if err != nil {
 		return nil, err
@@ -76,6 +79,9 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 			Socket: tree.Dir != "" && isSocket(tree.Dir),
 		})
 	}
+	if err := e.policy.checkStep(ctx, e.domain, process.Meta, step); err != nil {
+		return nil, err
+	}
 	res, err := rt.Run(ctx, step, start)
 	if err == nil {
 		err = exitError(ctx, res, step.Limits, process.Meta.ValidExitCodes)
@@ -88,15 +94,14 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 
 // Exec implements executor.Executor.
 func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.ProcessInfo) error {
+	if err := e.policy.checkProcess(e.domain, process.Meta); err != nil {
+		return err
+	}
 	rt, err := e.runtimes.get(ctx, e.domain.Sandbox)
 	if err != nil {
 		return err
 	}
-	p, err := newProcess(process)
-	if err != nil {
-		return err
-	}
-	res, err := rt.Exec(ctx, id, p)
+	res, err := rt.Exec(ctx, id, newProcess(process))
 	if err != nil {
 		return err
 	}
@@ -107,21 +112,13 @@ func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbo
 	if id == "" {
 		id = identity.NewID()
 	}
-	p, err := newProcess(process)
-	if err != nil {
-		return nil, err
+	step := &sandbox.Step{
+		ID: id, Owner: e.owner, Process: newProcess(process), Hostname: process.Meta.Hostname,
+		Network: sandbox.NetworkMode(networkOf(process.Meta.NetMode)),
 	}
-	step := &sandbox.Step{ID: id, Owner: e.owner, Process: p, Hostname: process.Meta.Hostname}
+	var err error
 	if step.Limits, err = limitsOf(process.Meta.LinuxResources, e.runtimes.most(e.domain)); err != nil {
 		return nil, err
-	}
-	switch process.Meta.NetMode {
-	case pb.NetMode_UNSET:
-		step.Network = sandbox.NetworkEgress
-	case pb.NetMode_NONE:
-		step.Network = sandbox.NetworkNone
-	default:
-		return nil, fmt.Errorf("network mode %q is refused: a step never shares the node's network", strings.ToLower(process.Meta.NetMode.String()))
 	}
 	for _, h := range process.Meta.ExtraHosts {
 		ip, ok := netip.AddrFromSlice(h.IP)
@@ -133,19 +130,9 @@ func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbo
 	return step, nil
 }
 
-// newProcess translates a process, and refuses what a sandbox never gives.
-func newProcess(info executor.ProcessInfo) (sandbox.Process, error) {
+// newProcess translates a process that policy has let pass.
+func newProcess(info executor.ProcessInfo) sandbox.Process {
 	meta := info.Meta
-	switch {
-	case meta.SecurityMode != pb.SecurityMode_SANDBOX:
-		return sandbox.Process{}, fmt.Errorf("security mode %q is refused: there is no way out of the sandbox", strings.ToLower(meta.SecurityMode.String()))
-	case len(meta.CDIDevices) > 0:
-		return sandbox.Process{}, errors.New("devices are refused: a step gets none of the node's")
-	case meta.CgroupParent != "":
-		return sandbox.Process{}, errors.New("cgroup parent is refused: the agent places steps")
-	case meta.Proxy != nil:
-		return sandbox.Process{}, errors.New("proxy network is not supported")
-	}
 	p := sandbox.Process{
 		Args: meta.Args, Env: meta.Env, Cwd: absolute("/", meta.Cwd), User: meta.User, Terminal: meta.Tty,
 		Stdin: info.Stdin, Signal: info.Signal,
@@ -162,7 +149,7 @@ func newProcess(info executor.ProcessInfo) (sandbox.Process, error) {
 	if info.Resize != nil {
 		p.Resize = latestSize(info.Resize)
 	}
-	return p, nil
+	return p
 }
 
 // latestSize forwards terminal sizes until in is closed. It never blocks: a size

@@ -43,6 +43,10 @@ type NodeConfig struct {
 	// OnStep, if set, is told of each step that has ended, before its builds are. It
 	// is called from several goroutines and must not block.
 	OnStep func(StepReport)
+	// Rules returns what holds for the steps of a domain, whatever was checked before
+	// they came here; nil: what holds for every step. It is asked before each step and
+	// must not block.
+	Rules func(Domain) StepRules
 	// Fetch says where sources by HTTP and git may come from and which registries may
 	// be reached, by address; nil: anything that this process can reach. A process
 	// may have one open Node with it.

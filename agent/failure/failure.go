@@ -73,7 +73,7 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 		return agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY
 	case exit != nil && exit.ExitCode != gateway.UnknownExitStatus:
 		return agentv1.FailureReason_FAILURE_REASON_STEP_FAILED
-	case containsAny(text, "is refused:", "are refused:", "is not allowed", "source denied by policy", "denied for builds:", "entitlement"):
+	case containsAny(text, "is refused:", "are refused:", "is not allowed", "source denied by policy", "denied for builds:", "denied by rule ", "denied by SandboxPolicy ", "entitlement"):
 		return agentv1.FailureReason_FAILURE_REASON_DENIED
 	case strings.Contains(text, "not available on this node"):
 		return agentv1.FailureReason_FAILURE_REASON_INTERNAL

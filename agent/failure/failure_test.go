@@ -50,7 +50,7 @@ func TestReasons(t *testing.T) {
 		{"memory of a command line", exit(1, errors.New(`process "sh -c echo exit code: 1: out of memory: x" did not complete successfully: exit code: 1`)), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
 		{"processes", exit(2, errors.New("exit code: 2: the limit of 7 processes and threads was reached")), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
 		{"disk", solver.WrapVertex(errors.New("write /x: no space left on device"), d), run, agentv1.FailureReason_FAILURE_REASON_DISK_FULL},
-		{"network mode", solver.WrapVertex(errors.New(`network mode "host" is refused: a step never shares the node's network`), d), run, agentv1.FailureReason_FAILURE_REASON_DENIED},
+		{"network mode", solver.WrapVertex(errors.New(`step.network: denied by rule network-mode: network mode "host" is refused`), d), run, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"front end", errors.New(`front end "x" is not allowed: …`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"source", errors.New(`failed to resolve source metadata for r/x: source "docker-image://r/x:latest" denied by policy: source denied by policy`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"address", errors.New(`failed to do request: Head "https://r/v2/": dial tcp 127.0.0.1:443: connection to r (127.0.0.1:443) denied for builds: 127.0.0.0/8 is the loopback of the node`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},

@@ -39,23 +39,17 @@ type Rules struct {
 	Pull []string
 	// Push holds patterns of repositories that images may go to.
 	Push []string
+	// Frontends are what may read a build's definition: BuiltIn, and patterns of
+	// repositories that front ends come from.
+	Frontends []string
+	// Mounts are the types of mounts (MountCache and so on) that steps may have besides
+	// layers of the build.
+	Mounts []string
 	// Max is the most that a build may ask for; it is also the limit of a build that
 	// names none.
 	Max Limits
 	// MaxTimeout is the longest that a build may run.
 	MaxTimeout time.Duration
-}
-
-// Limits of a build; 0 is no limit.
-type Limits struct {
-	// CPUMillis is CPU time per time in thousandths.
-	CPUMillis int64
-	// MemoryBytes is memory.
-	MemoryBytes int64
-	// PIDs is processes and threads.
-	PIDs int64
-	// DiskBytes is what the build may write.
-	DiskBytes int64
 }
 
 // Request is what a build asks for. An empty field asks for the default.
@@ -72,6 +66,11 @@ type Request struct {
 	Pull []Image
 	// Push holds the names of images that will be written.
 	Push []Image
+	// Frontends holds what is known to read the build's definition: BuiltIn, or the names
+	// of images of front ends.
+	Frontends []Image
+	// Mounts are types of mounts that steps are known to have.
+	Mounts []MountType
 }
 
 // Image is the name of an image and the field of the request that has it.
@@ -84,16 +83,22 @@ type Image struct {
 
 // Denied is a refusal.
 type Denied struct {
-	// Policy is the name of the policy that refuses.
+	// Policy is the name of the policy that refuses; empty: none has to say it.
 	Policy string
 	// Field of the request that is refused.
 	Field string
+	// Name is the rule's: the field of the policy, such as "network.allowed", or the name
+	// of a rule that holds whatever policies say.
+	Name string
 	// Rule is what the policy says, as a sentence.
 	Rule string
 }
 
 func (d *Denied) Error() string {
-	return fmt.Sprintf("%s: denied by SandboxPolicy %q: %s", d.Field, d.Policy, d.Rule)
+	if d.Policy == "" {
+		return fmt.Sprintf("%s: denied by rule %s: %s", d.Field, d.Name, d.Rule)
+	}
+	return fmt.Sprintf("%s: denied by SandboxPolicy %q, rule %s: %s", d.Field, d.Policy, d.Name, d.Rule)
 }
 
 // Complete returns r with what it leaves out filled in from all: the required or
@@ -108,19 +113,11 @@ func Complete(all []Rules, r Request) Request {
 			r.Network = first(p.DefaultNetwork, only(p.Networks))
 		}
 	}
-	var most Limits
 	var timeout time.Duration
 	for _, p := range all {
-		most = Limits{
-			CPUMillis: tighter(most.CPUMillis, p.Max.CPUMillis), MemoryBytes: tighter(most.MemoryBytes, p.Max.MemoryBytes),
-			PIDs: tighter(most.PIDs, p.Max.PIDs), DiskBytes: tighter(most.DiskBytes, p.Max.DiskBytes),
-		}
 		timeout = tighter(timeout, p.MaxTimeout)
 	}
-	r.Limits = Limits{
-		CPUMillis: first(r.Limits.CPUMillis, most.CPUMillis), MemoryBytes: first(r.Limits.MemoryBytes, most.MemoryBytes),
-		PIDs: first(r.Limits.PIDs, most.PIDs), DiskBytes: first(r.Limits.DiskBytes, most.DiskBytes),
-	}
+	r.Limits = r.Limits.Or(Limits{}, Most(all))
 	r.Timeout = first(r.Timeout, timeout)
 	return r
 }
@@ -131,57 +128,58 @@ func Complete(all []Rules, r Request) Request {
 func Check(all []Rules, r Request) []*Denied {
 	var out []*Denied
 	for _, p := range all {
-		deny := func(field, rule string, args ...any) {
-			out = append(out, &Denied{Policy: p.Name, Field: field, Rule: fmt.Sprintf(rule, args...)})
+		deny := func(field, name, rule string, args ...any) {
+			out = append(out, &Denied{Policy: p.Name, Field: field, Name: name, Rule: fmt.Sprintf(rule, args...)})
 		}
-		checkChoice(deny, "spec.runtimeClassName", "sandbox", r.Class, classes, p.Classes, p.RequiredClass)
-		checkChoice(deny, "spec.network", "network", r.Network, networks, p.Networks, "")
-		checkLimit(deny, "spec.resources.limits[cpu]", "thousandths of a CPU", r.Limits.CPUMillis, p.Max.CPUMillis)
-		checkLimit(deny, "spec.resources.limits[memory]", "bytes", r.Limits.MemoryBytes, p.Max.MemoryBytes)
-		checkLimit(deny, "spec.resources.limits[kiln.build/pids]", "processes", r.Limits.PIDs, p.Max.PIDs)
-		checkLimit(deny, "spec.resources.limits[ephemeral-storage]", "bytes", r.Limits.DiskBytes, p.Max.DiskBytes)
+		checkClass(deny, "spec.runtimeClassName", r.Class, p)
+		checkNetwork(deny, "spec.network", r.Network, p)
+		checkLimits(deny, limit.field, r.Limits, p.Max)
 		if p.MaxTimeout > 0 && (r.Timeout <= 0 || r.Timeout > p.MaxTimeout) {
-			deny("spec.timeout", "at most %s", p.MaxTimeout)
+			deny("spec.timeout", "maxTimeout", "at most %s", p.MaxTimeout)
 		}
-		checkImages(deny, "pulled from", r.Pull, p.Pull)
-		checkImages(deny, "pushed to", r.Push, p.Push)
+		checkImages(deny, "registries.pull", "pulled from", r.Pull, p.Pull)
+		checkImages(deny, "registries.push", "pushed to", r.Push, p.Push)
+		checkFrontends(deny, r.Frontends, p.Frontends)
+		for _, m := range r.Mounts {
+			checkMountType(deny, m, p.Mounts)
+		}
 	}
 	return out
 }
 
-type denyFunc func(field, rule string, args ...any)
+type denyFunc func(field, name, rule string, args ...any)
 
-func checkChoice(deny denyFunc, field, noun, got string, known, allowed []string, required string) {
+func checkClass(deny denyFunc, field, class string, p Rules) {
+	checkChoice(deny, field, "sandboxClasses", "sandbox", class, classes, p.Classes, p.RequiredClass)
+}
+
+func checkNetwork(deny denyFunc, field, network string, p Rules) {
+	checkChoice(deny, field, "network", "network", network, networks, p.Networks, "")
+}
+
+func checkChoice(deny denyFunc, field, rule, noun, got string, known, allowed []string, required string) {
 	switch {
 	case got != "" && !slices.Contains(known, got):
-		deny(field, "%s %q is unknown", noun, got)
+		deny(field, rule, "%s %q is unknown", noun, got)
 	case required != "" && got != required:
-		deny(field, "%s must be %s, not %s", noun, required, or(got, "the default"))
+		deny(field, rule+".required", "%s must be %s, not %s", noun, required, or(got, "the default"))
 	case len(allowed) > 0 && !slices.Contains(allowed, got):
-		deny(field, "%s must be one of %s, not %s", noun, strings.Join(allowed, ", "), or(got, "the default"))
+		deny(field, rule+".allowed", "%s must be one of %s, not %s", noun, strings.Join(allowed, ", "), or(got, "the default"))
 	}
 }
 
-func checkLimit(deny denyFunc, field, unit string, got, most int64) {
-	if got < 0 {
-		deny(field, "a limit cannot be negative")
-	} else if most > 0 && (got == 0 || got > most) {
-		deny(field, "at most %d %s", most, unit)
-	}
-}
-
-func checkImages(deny denyFunc, how string, images []Image, patterns []string) {
+func checkImages(deny denyFunc, rule, how string, images []Image, patterns []string) {
 	if len(patterns) == 0 {
 		return
 	}
 	for _, img := range images {
 		repo, err := Repository(img.Name)
 		if err != nil {
-			deny(img.Field, "image %q cannot be understood: %v", img.Name, err)
+			deny(img.Field, rule, "image %q cannot be understood: %v", img.Name, err)
 			continue
 		}
 		if !MatchAny(patterns, repo) {
-			deny(img.Field, "images may not be %s %s; allowed: %s", how, repo, strings.Join(patterns, ", "))
+			deny(img.Field, rule, "images may not be %s %s; allowed: %s", how, repo, strings.Join(patterns, ", "))
 		}
 	}
 }

@@ -20,25 +20,25 @@ func TestBuildIsAllowedWhenEveryPolicyAllowsIt(t *testing.T) {
 	}{
 		{"no policy", nil, Request{Class: Userns}, nil},
 		{"required class by default", []Rules{gvisorOnly}, Request{}, nil},
-		{"weaker class than required", []Rules{gvisorOnly}, Request{Class: Userns}, []string{`spec.runtimeClassName: denied by SandboxPolicy "strict": sandbox must be gvisor, not userns`}},
-		{"unknown class", []Rules{{Name: "any"}}, Request{Class: "runc"}, []string{`spec.runtimeClassName: denied by SandboxPolicy "any": sandbox "runc" is unknown`}},
-		{"class not chosen where two of two are allowed", []Rules{{Name: "both", Classes: []string{GVisor, Userns}}}, Request{}, []string{`spec.runtimeClassName: denied by SandboxPolicy "both": sandbox must be one of gvisor, userns, not the default`}},
-		{"network more than allowed", []Rules{noNet}, Request{Network: NetworkEgress}, []string{`spec.network: denied by SandboxPolicy "offline": network must be one of none, not egress`}},
-		{"host network", []Rules{noNet}, Request{Network: "host"}, []string{`spec.network: denied by SandboxPolicy "offline": network "host" is unknown`}},
+		{"weaker class than required", []Rules{gvisorOnly}, Request{Class: Userns}, []string{`spec.runtimeClassName: denied by SandboxPolicy "strict", rule sandboxClasses.required: sandbox must be gvisor, not userns`}},
+		{"unknown class", []Rules{{Name: "any"}}, Request{Class: "runc"}, []string{`spec.runtimeClassName: denied by SandboxPolicy "any", rule sandboxClasses: sandbox "runc" is unknown`}},
+		{"class not chosen where two of two are allowed", []Rules{{Name: "both", Classes: []string{GVisor, Userns}}}, Request{}, []string{`spec.runtimeClassName: denied by SandboxPolicy "both", rule sandboxClasses.allowed: sandbox must be one of gvisor, userns, not the default`}},
+		{"network more than allowed", []Rules{noNet}, Request{Network: NetworkEgress}, []string{`spec.network: denied by SandboxPolicy "offline", rule network.allowed: network must be one of none, not egress`}},
+		{"host network", []Rules{noNet}, Request{Network: "host"}, []string{`spec.network: denied by SandboxPolicy "offline", rule network: network "host" is unknown`}},
 		{"limits and timeout by default", []Rules{small}, Request{}, nil},
-		{"memory above limit", []Rules{small}, Request{Limits: Limits{MemoryBytes: 2 << 30}}, []string{`spec.resources.limits[memory]: denied by SandboxPolicy "small": at most 1073741824 bytes`}},
-		{"negative limit", []Rules{small}, Request{Limits: Limits{CPUMillis: -1}}, []string{`spec.resources.limits[cpu]: denied by SandboxPolicy "small": a limit cannot be negative`}},
-		{"timeout above limit", []Rules{small}, Request{Timeout: 2 * time.Hour}, []string{`spec.timeout: denied by SandboxPolicy "small": at most 1h0m0s`}},
+		{"memory above limit", []Rules{small}, Request{Limits: Limits{MemoryBytes: 2 << 30}}, []string{`spec.resources.limits[memory]: denied by SandboxPolicy "small", rule maxResources.limits[memory]: at most 1073741824 bytes`}},
+		{"negative limit", []Rules{small}, Request{Limits: Limits{CPUMillis: -1}}, []string{`spec.resources.limits[cpu]: denied by SandboxPolicy "small", rule maxResources.limits[cpu]: a limit cannot be negative`}},
+		{"timeout above limit", []Rules{small}, Request{Timeout: 2 * time.Hour}, []string{`spec.timeout: denied by SandboxPolicy "small", rule maxTimeout: at most 1h0m0s`}},
 		{"registries that are allowed", []Rules{ours}, Request{Pull: []Image{{"f", "debian"}, {"f", "registry.example.com/base/go:1"}}, Push: []Image{{"f", "registry.example.com/team-a/x:1"}}}, nil},
 		{"push to a neighbour whose name starts the same", []Rules{ours}, Request{Push: []Image{{"spec.output.image", "registry.example.com/team-ab/x:1"}}},
-			[]string{`spec.output.image: denied by SandboxPolicy "ours": images may not be pushed to registry.example.com/team-ab/x; allowed: registry.example.com/team-a`}},
+			[]string{`spec.output.image: denied by SandboxPolicy "ours", rule registries.push: images may not be pushed to registry.example.com/team-ab/x; allowed: registry.example.com/team-a`}},
 		{"push to Docker Hub by a short name", []Rules{ours}, Request{Push: []Image{{"spec.output.image", "team-a/x"}}},
-			[]string{`spec.output.image: denied by SandboxPolicy "ours": images may not be pushed to docker.io/team-a/x; allowed: registry.example.com/team-a`}},
+			[]string{`spec.output.image: denied by SandboxPolicy "ours", rule registries.push: images may not be pushed to docker.io/team-a/x; allowed: registry.example.com/team-a`}},
 		{"two policies, both against", []Rules{gvisorOnly, noNet}, Request{Class: Userns, Network: NetworkEgress}, []string{
-			`spec.runtimeClassName: denied by SandboxPolicy "strict": sandbox must be gvisor, not userns`,
-			`spec.network: denied by SandboxPolicy "offline": network must be one of none, not egress`}},
+			`spec.runtimeClassName: denied by SandboxPolicy "strict", rule sandboxClasses.required: sandbox must be gvisor, not userns`,
+			`spec.network: denied by SandboxPolicy "offline", rule network.allowed: network must be one of none, not egress`}},
 		{"two policies with disjoint classes allow nothing", []Rules{gvisorOnly, {Name: "other", RequiredClass: Userns}}, Request{}, []string{
-			`spec.runtimeClassName: denied by SandboxPolicy "other": sandbox must be userns, not gvisor`}},
+			`spec.runtimeClassName: denied by SandboxPolicy "other", rule sandboxClasses.required: sandbox must be userns, not gvisor`}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var got []string
