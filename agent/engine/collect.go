@@ -14,9 +14,8 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// Each engine keeps its own domain within the bounds after its builds. What this
-// file adds is the bound of all domains together, also of those that no longer
-// build.
+// Each engine keeps its own domain within the bounds; see keeper. What this file adds
+// is the bound of all domains together, also of those that no longer build.
 
 // collectInterval is the least time between two collections of all domains.
 const collectInterval = time.Minute
@@ -84,15 +83,12 @@ func (n *Node) Collect(ctx context.Context) error {
 	var total int64
 	for _, d := range domains {
 		u := usage{domain: d}
-		err := n.with(ctx, d, func(c *client.Client) error {
-			records, err := c.DiskUsage(ctx)
-			for _, r := range records {
-				u.bytes += r.Size
-			}
+		err := n.with(ctx, d, func(k *keeper) (err error) {
+			u.bytes, _, err = k.used(ctx)
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("measure cache of tenant %s: %w", d.Tenant, err)
+			return fmt.Errorf("tenant %s: %w", d.Tenant, err)
 		}
 		all, total = append(all, u), total+u.bytes
 	}
@@ -113,8 +109,8 @@ func (n *Node) Collect(ctx context.Context) error {
 		keep := u.bytes - int64(float64(u.bytes)/float64(total)*float64(min(excess, total)))
 		// BuildKit takes 0 for no bound.
 		keep = max(keep, 1)
-		err := n.with(ctx, u.domain, func(c *client.Client) error {
-			return c.Prune(ctx, nil, client.PruneAll, client.WithKeepOpt(0, 0, keep, 0))
+		err := n.with(ctx, u.domain, func(k *keeper) error {
+			return k.prune(ctx, true, client.PruneInfo{All: true, MaxUsedSpace: keep})
 		})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("collect cache of tenant %s: %w", u.domain.Tenant, err))
@@ -123,23 +119,12 @@ func (n *Node) Collect(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// with runs fn with a client of a domain's engine.
-func (n *Node) with(ctx context.Context, d Domain, fn func(*client.Client) error) error {
+// with runs fn with the keeper of a domain, whose engine stays open meanwhile.
+func (n *Node) with(ctx context.Context, d Domain, fn func(*keeper) error) error {
 	e, release, err := n.Engine(ctx, d)
 	if err != nil {
 		return err
 	}
 	defer release()
-	c, err := e.Client(ctx)
-	if err != nil {
-		return err
-	}
-	return errors.Join(fn(c), ignoreCanceled(c.Close()))
-}
-
-func ignoreCanceled(err error) error {
-	if errors.Is(err, context.Canceled) {
-		return nil
-	}
-	return err
+	return fn(e.keeper)
 }

@@ -13,6 +13,21 @@ import (
 	"github.com/kiln-build/kiln/sandbox"
 )
 
+// withClient runs fn with a client of a domain's engine.
+func withClient(n *Node, d Domain, fn func(*client.Client) error) error {
+	e, release, err := n.Engine(context.Background(), d)
+	if err != nil {
+		return err
+	}
+	defer release()
+	c, err := e.Client(context.Background())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return fn(c)
+}
+
 // TestCollectBoundsAllDomainsTogether fills the caches of three tenants, each within
 // the bound alone.
 func TestCollectBoundsAllDomainsTogether(t *testing.T) {
@@ -26,7 +41,7 @@ func TestCollectBoundsAllDomainsTogether(t *testing.T) {
 		domains, err := n.Domains()
 		require.NoError(t, err)
 		for _, d := range domains {
-			require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+			require.NoError(t, withClient(n, d, func(c *client.Client) error {
 				records, err := c.DiskUsage(context.Background())
 				for _, r := range records {
 					total += r.Size
@@ -46,7 +61,7 @@ func TestCollectBoundsAllDomainsTogether(t *testing.T) {
 		}
 		def, err := st.Marshal(context.Background(), llb.LinuxAmd64)
 		require.NoError(t, err)
-		require.NoError(t, n.with(context.Background(), Domain{Tenant: tenant, Sandbox: sandbox.Userns}, func(c *client.Client) error {
+		require.NoError(t, withClient(n, Domain{Tenant: tenant, Sandbox: sandbox.Userns}, func(c *client.Client) error {
 			_, err := c.Solve(context.Background(), def, client.SolveOpt{}, nil)
 			return err
 		}))
@@ -71,14 +86,14 @@ func TestCollectKeepsWhatIsReserved(t *testing.T) {
 	require.NoError(t, err)
 	d := Domain{Tenant: "a", Sandbox: sandbox.Userns}
 	records := func() (count int) {
-		require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+		require.NoError(t, withClient(n, d, func(c *client.Client) error {
 			all, err := c.DiskUsage(context.Background())
 			count = len(all)
 			return err
 		}))
 		return count
 	}
-	require.NoError(t, n.with(context.Background(), d, func(c *client.Client) error {
+	require.NoError(t, withClient(n, d, func(c *client.Client) error {
 		_, err := c.Solve(context.Background(), def, client.SolveOpt{}, nil)
 		return err
 	}))

@@ -197,7 +197,7 @@ func TestDomainsUseTheSameImageAtOnce(t *testing.T) {
 		{Tenant: "a", Sandbox: sandbox.Userns}, {Tenant: "a", Sandbox: sandbox.GVisor}, {Tenant: "b", Sandbox: sandbox.Userns}, {Tenant: "c", Sandbox: sandbox.GVisor},
 	} {
 		builds.Go(func() error {
-			return n.with(context.Background(), d, func(c *client.Client) error {
+			return withClient(n, d, func(c *client.Client) error {
 				_, _, err := build(t, c, "FROM scratch\nCOPY --from="+ref.Name()+" / /copied\n", nil, nil)
 				return err
 			})

@@ -35,6 +35,7 @@ type Config struct {
 type Engine struct {
 	images     *imageStore
 	controller *control.Controller
+	keeper     *keeper
 	server     *grpc.Server
 	listener   *bufconn.Listener
 	served     chan error
@@ -44,6 +45,9 @@ type Engine struct {
 	connErr  error
 	// node is closed with the engine when it has no other.
 	node *Node
+	// settle ends the work of an engine that is closed right after its build; nil:
+	// there is nothing to do.
+	settle func() error
 }
 
 // maxMessageSize bounds a gRPC message in bytes; it is what BuildKit's clients
@@ -65,6 +69,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, node.Close())
 	}
 	e.node = node
+	e.settle = func() error { return e.keeper.settle(ctx) }
 	return e, nil
 }
 
@@ -76,11 +81,11 @@ func (n *Node) newEngine(ctx context.Context, dir string, d Domain) (_ *Engine, 
 			err = errors.Join(err, e.Close())
 		}
 	}()
-	if e.controller, err = n.newController(ctx, dir, d, e.images); err != nil {
+	if e.controller, e.keeper, err = n.newController(ctx, dir, d, e.images); err != nil {
 		return nil, err
 	}
 	e.server = grpc.NewServer(
-		grpc.UnaryInterceptor(grpcerrors.UnaryServerInterceptor),
+		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, e.keeper.intercept),
 		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxMessageSize), grpc.MaxSendMsgSize(maxMessageSize),
 	)
@@ -113,6 +118,12 @@ func (e *Engine) Close() error {
 	if e.server != nil {
 		e.server.Stop()
 		<-e.served
+	}
+	if e.settle != nil {
+		errs = append(errs, e.settle())
+	}
+	if e.keeper != nil {
+		e.keeper.close()
 	}
 	if e.controller != nil {
 		errs = append(errs, e.controller.Close())

@@ -37,39 +37,41 @@ import (
 // historyEntries is how many finished builds the engine remembers.
 const historyEntries int64 = 50
 
-// newController assembles the solver of a domain whose own state is in dir.
-func (n *Node) newController(ctx context.Context, dir string, d Domain, images *imageStore) (*control.Controller, error) {
+// newController assembles the solver of a domain whose own state is in dir, and what
+// keeps its cache within bounds.
+func (n *Node) newController(ctx context.Context, dir string, d Domain, images *imageStore) (*control.Controller, *keeper, error) {
 	sessions, err := session.NewManager()
 	if err != nil {
-		return nil, fmt.Errorf("make session manager: %w", err)
+		return nil, nil, fmt.Errorf("make session manager: %w", err)
 	}
 	w, err := n.newWorker(ctx, dir, d, images)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	workers := &worker.Controller{}
 	if err := workers.Add(w); err != nil {
-		return nil, fmt.Errorf("add worker: %w", err)
+		return nil, nil, fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos())
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
 	if err != nil {
-		return nil, fmt.Errorf("open step cache: %w", err)
+		return nil, nil, fmt.Errorf("open step cache: %w", err)
 	}
+	keys := solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers))
 	history, err := boltutil.SafeOpen(filepath.Join(dir, "history.db"), 0o600, &bolt.Options{
 		FreelistType: bolt.FreelistMapType, NoFreelistSync: true,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open build history: %w", err)
+		return nil, nil, fmt.Errorf("open build history: %w", err)
 	}
 	c, err := control.NewController(control.Opt{
 		SessionManager:   sessions,
 		WorkerController: workers,
 		Frontends:        frontends,
-		CacheManager:     solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers)),
+		CacheManager:     keys,
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
 			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, n.hosts),
 			"local":    localremotecache.ResolveCacheExporterFunc(sessions),
@@ -90,9 +92,9 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		GracefulStop:   ctx.Done(),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("assemble engine: %w", err)
+		return nil, nil, fmt.Errorf("assemble engine: %w", err)
 	}
-	return c, nil
+	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), w, keys, func() { n.collector.start(n) }), nil
 }
 
 func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore) (*base.Worker, error) {
@@ -114,8 +116,9 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 			label.Snapshotter:    snapshot.Snapshotter,
 			"build.kiln.sandbox": string(d.Sandbox),
 		},
-		Platforms:       []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
-		GCPolicy:        gcPolicy(n.cfg.Root, n.cfg.Space),
+		Platforms: []ocispecs.Platform{platforms.Normalize(platforms.DefaultSpec())},
+		// With rules BuildKit would collect too; see keeper.
+		GCPolicy:        nil,
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
 		Executor:        newStepExecutor(n.runtimes, d),
 		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil),
