@@ -22,6 +22,7 @@ tenants:
   overrides:
     bomb:
       maxRunning: 1
+      buildKitClients: allow
       defaultResources: {pids: 512}
       maxResources: {cpu: 250m, memory: 512Mi, pids: 512}
 metrics: {address: "0"}

@@ -3,8 +3,10 @@ package main
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -66,7 +68,32 @@ func prepareInputs(ctx context.Context, cache, tmp string, files bool) (*inputs,
 			return nil, err
 		}
 	}
+	// Clients that run as other users read and lock layouts too.
+	for _, dir := range []string{in.busybox, in.gcc} {
+		if err := share(dir); err != nil {
+			return nil, err
+		}
+	}
 	return in, makeCSource(filepath.Join(in.csource, "src"), cFiles)
+}
+
+// share lets every user read a layout, and lock it.
+func share(layout string) error {
+	lock := filepath.Join(layout, "index.json.lock")
+	if err := os.WriteFile(lock, nil, 0o666); err != nil {
+		return err
+	}
+	err := filepath.WalkDir(layout, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mode := os.FileMode(0o644)
+		if d.IsDir() {
+			mode = 0o755
+		}
+		return os.Chmod(path, mode)
+	})
+	return errors.Join(err, os.Chmod(lock, 0o666))
 }
 
 // once makes a directory completely or not at all.

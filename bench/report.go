@@ -111,9 +111,29 @@ var comparisons = [][2]string{
 	{"agent-gvisor", "buildkit-runsc"},
 }
 
-// print writes the table, in Markdown.
+// print writes the tables, in Markdown.
 func (r *report) print(out io.Writer) error {
 	fmt.Fprintf(out, "%s; %d runs each, in turns; medians\n\n", r.Machine, r.Runs)
+	if len(r.Workloads) > 0 {
+		if err := r.printWork(out); err != nil {
+			return err
+		}
+	}
+	if err := r.printBeside(out); err != nil {
+		return err
+	}
+	for _, p := range r.Peers {
+		fmt.Fprintf(out, "- %s: %s", p.Name, p.Note)
+		if p.StartSeconds > 0 {
+			fmt.Fprintf(out, "; its daemon serves %.2f s after its start, which no figure includes", p.StartSeconds)
+		}
+		fmt.Fprintln(out)
+	}
+	return nil
+}
+
+// printWork writes the table of workloads.
+func (r *report) printWork(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
 	head, rule := "| work", "| ---"
 	var pairs [][2]string
@@ -149,21 +169,8 @@ func (r *report) print(out io.Writer) error {
 		row += fmt.Sprintf("\t| %.0f MiB", peak/(1<<20))
 	}
 	fmt.Fprintf(w, "%s%s\t|\n", row, strings.Repeat("\t|", len(pairs)))
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	fmt.Fprintln(out)
-	if err := r.printBeside(out); err != nil {
-		return err
-	}
-	for _, p := range r.Peers {
-		fmt.Fprintf(out, "- %s: %s", p.Name, p.Note)
-		if p.StartSeconds > 0 {
-			fmt.Fprintf(out, "; its daemon serves %.2f s after its start, which no figure includes", p.StartSeconds)
-		}
-		fmt.Fprintln(out)
-	}
-	return nil
+	fmt.Fprintln(w)
+	return w.Flush()
 }
 
 // failures is an error that names the builds without figures.
