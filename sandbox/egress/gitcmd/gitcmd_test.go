@@ -7,7 +7,9 @@ import (
 	"net/http"
 	"net/http/cgi"
 	"net/http/httptest"
+	"net/http/httputil"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -168,6 +170,74 @@ func TestRedirectToDenied(t *testing.T) {
 	require.Error(t, err)
 	require.Contains(t, out, "is the loopback of the node")
 	require.Zero(t, asked.Load())
+}
+
+// TestCredentialsStayOnTheirHost has a server that redirects to another one, and to
+// itself.
+func TestCredentialsStayOnTheirHost(t *testing.T) {
+	const header = "Authorization: basic c2VjcmV0"
+	var leaked atomic.Int32
+	repo := repository(t)
+	address, _ := serve(t, repo)
+	backend, _ := url.Parse("http://" + address)
+	target, asked := listen(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "" {
+			leaked.Add(1)
+		}
+		httputil.NewSingleHostReverseProxy(backend).ServeHTTP(w, r)
+	}))
+	front, _ := listen(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if rest, ok := strings.CutPrefix(r.URL.RequestURI(), "/moved/"); ok {
+			http.Redirect(w, r, "/"+rest, http.StatusFound)
+			return
+		}
+		if r.Header.Get("Authorization") == "" {
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		if strings.HasPrefix(r.URL.Path, "/repo.git/") {
+			httputil.NewSingleHostReverseProxy(backend).ServeHTTP(w, r)
+			return
+		}
+		http.Redirect(w, r, "http://"+target+strings.TrimPrefix(r.URL.RequestURI(), "/away"), http.StatusFound)
+	}))
+	clone := func(path string) (string, error) {
+		u := "http://" + front + path
+		return git(t, t.TempDir(), "-c", "protocol.file.allow=user", "-c", "http."+u+".extraheader="+header, "clone", "-q", u, "out")
+	}
+	// What git does by itself.
+	out, err := clone("/away/repo.git")
+	require.NoError(t, err, out)
+	require.Positive(t, leaked.Load(), "git sends the header to the other host: nothing is shown by this test")
+
+	install(t, target, front, address)
+	leaked.Store(0)
+	before := asked.Load()
+	out, err = clone("/away/repo.git")
+	require.Error(t, err)
+	require.Contains(t, out, "the credentials of this fetch are for "+front+" only")
+	require.Equal(t, before, asked.Load())
+	require.Zero(t, leaked.Load())
+	for _, path := range []string{"/repo.git", "/moved/repo.git"} {
+		out, err = clone(path)
+		require.NoError(t, err, out)
+	}
+	// Without credentials git goes where it is led.
+	out, err = git(t, t.TempDir(), "clone", "-q", "http://"+target+"/repo.git", "out")
+	require.NoError(t, err, out)
+}
+
+func TestHostOfCredentials(t *testing.T) {
+	header := func(url string) string { return "http." + url + ".extraheader=Authorization: basic x" }
+	for want, args := range map[string][]string{
+		"a.example:443":  {"-c", "protocol.file.allow=user", "-c", header("https://A.example/r.git"), "fetch", "x"},
+		"a.example:8080": {"--work-tree", "/w", "--git-dir", "/g", "--bare", "-c", header("http://u@a.example:8080/r"), "ls-remote"},
+		"":               {"-c", "protocol.file.allow=user", "fetch", "-c", header("https://a.example/r")},
+	} {
+		require.Equal(t, want, credentialsFor(args), args)
+	}
+	require.Empty(t, credentialsFor([]string{"-c", header("https://a.example/r"), "submodule", "update"}))
+	require.Empty(t, credentialsFor([]string{"-c"}))
 }
 
 func TestSubmoduleAtDenied(t *testing.T) {

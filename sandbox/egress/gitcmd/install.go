@@ -32,6 +32,8 @@ type settings struct {
 	Namespace string `json:"namespace"`
 	// Proxy is the proxy's address in the namespace.
 	Proxy string `json:"proxy"`
+	// Bound is the address of the proxy that connects to one host only.
+	Bound string `json:"bound"`
 	// Connect is the path of the command for connections of other kinds.
 	Connect string `json:"connect"`
 }
@@ -64,18 +66,23 @@ func Install(dir string, p *egress.Policy) (_ *Installed, err error) {
 			err = errors.Join(err, in.Close())
 		}
 	}()
-	var listener net.Listener
+	var listener, bound net.Listener
 	in.namespace, err = netns.Isolated(func() (err error) {
-		listener, err = net.Listen("tcp4", "127.0.0.1:0")
+		if listener, err = net.Listen("tcp4", "127.0.0.1:0"); err == nil {
+			bound, err = net.Listen("tcp4", "127.0.0.1:0")
+		}
 		return err
 	})
 	if err != nil {
+		if listener != nil {
+			err = errors.Join(err, listener.Close())
+		}
 		return nil, fmt.Errorf("make network namespace of git: %w", err)
 	}
-	in.proxy = startProxy(listener, p)
+	in.proxy = startProxy(listener, bound, p)
 	s := settings{
 		Git: git, SSH: ssh, Namespace: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), in.namespace.Fd()),
-		Proxy: listener.Addr().String(), Connect: filepath.Join(dir, "connect"),
+		Proxy: listener.Addr().String(), Bound: bound.Addr().String(), Connect: filepath.Join(dir, "connect"),
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make directory of git: %w", err)

@@ -26,16 +26,16 @@ type proxy struct {
 	upstream  func(*http.Request) (*url.URL, error)
 	server    *http.Server
 	transport *http.Transport
-	served    chan struct{}
+	served    sync.WaitGroup
 	tunnels   sync.WaitGroup
 	// ctx ends with the proxy.
 	ctx  context.Context
 	stop context.CancelFunc
 }
 
-// startProxy serves l until close.
-func startProxy(l net.Listener, policy *egress.Policy) *proxy {
-	p := &proxy{policy: policy, upstream: http.ProxyFromEnvironment, transport: policy.Transport(), served: make(chan struct{})}
+// startProxy serves l, and bound for connections to one host, until close.
+func startProxy(l, bound net.Listener, policy *egress.Policy) *proxy {
+	p := &proxy{policy: policy, upstream: http.ProxyFromEnvironment, transport: policy.Transport()}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	forward := &httputil.ReverseProxy{
 		Rewrite:       func(r *httputil.ProxyRequest) { r.Out.Host = r.In.Host },
@@ -46,6 +46,9 @@ func startProxy(l net.Listener, policy *egress.Policy) *proxy {
 	p.server = &http.Server{
 		ReadHeaderTimeout: headerTimeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Context().Value(http.LocalAddrContextKey).(net.Addr).String() == bound.Addr().String() && !p.mayReach(w, r) {
+				return
+			}
 			switch {
 			case r.Method == http.MethodConnect:
 				p.tunnel(w, r)
@@ -56,10 +59,9 @@ func startProxy(l net.Listener, policy *egress.Policy) *proxy {
 			}
 		}),
 	}
-	go func() {
-		defer close(p.served)
-		_ = p.server.Serve(l) // ends with close
-	}()
+	for _, l := range []net.Listener{l, bound} {
+		p.served.Go(func() { _ = p.server.Serve(l) }) // ends with close
+	}
 	return p
 }
 
@@ -67,7 +69,7 @@ func startProxy(l net.Listener, policy *egress.Policy) *proxy {
 func (p *proxy) close() error {
 	p.stop()
 	err := p.server.Close()
-	<-p.served
+	p.served.Wait()
 	p.tunnels.Wait()
 	p.transport.CloseIdleConnections()
 	return err

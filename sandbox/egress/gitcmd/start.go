@@ -60,19 +60,23 @@ func becomeGit(s settings, args []string) error {
 	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("enter network namespace of git: %w", err)
 	}
-	if err := syscall.Exec(s.Git, append([]string{"git"}, args...), s.environ(os.Environ())); err != nil {
+	if err := syscall.Exec(s.Git, append([]string{"git"}, args...), s.environ(os.Environ(), args)); err != nil {
 		return fmt.Errorf("execute %s: %w", s.Git, err)
 	}
 	return nil
 }
 
-// environ returns env for git, without what leads it past the proxy.
-func (s settings) environ(env []string) []string {
+// environ returns env for git with args, without what leads it past the proxy.
+func (s settings) environ(env, args []string) []string {
 	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool {
 		name, _, _ := strings.Cut(v, "=")
 		return name == "GIT_PROXY_COMMAND" || strings.HasSuffix(strings.ToLower(name), "_proxy")
 	})
 	proxy := "http://" + s.Proxy
+	if host := credentialsFor(args); host != "" {
+		proxy = "http://" + boundTo(host) + "@" + s.Bound
+		env = append(env, "GIT_HTTP_PROXY_AUTHMETHOD=basic")
+	}
 	return append(env, "http_proxy="+proxy, "https_proxy="+proxy, "all_proxy="+proxy, "GIT_PROXY_COMMAND="+s.Connect)
 }
 
