@@ -86,6 +86,9 @@ type Result struct {
 	EndedBy Limit
 	// Usage is what the step used. It is zero in the result of Exec.
 	Usage Usage
+	// Network is what the step did with its network. It is empty in the result of
+	// Exec, whose process counts with its step.
+	Network Contacts
 }
 
 // UnavailableError says that this node cannot run a class of sandbox.

@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strings"
 	"syscall"
+
+	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
 // ErrNotRunning is returned by Runtime.Exec for a step that does not run.
@@ -37,6 +39,9 @@ type Step struct {
 	Hostname string
 	// Network selects what the step can reach.
 	Network NetworkMode
+	// Egress says what it can reach with NetworkEgress; nil: what the node's networks
+	// were made with.
+	Egress *egress.Policy
 	// ExtraHosts are added to /etc/hosts.
 	ExtraHosts []HostEntry
 

@@ -45,18 +45,21 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	res, err := s.run(ctx, started)
 	if err != nil && ctx.Err() == nil {
 		if res, ok := s.endedByLimit(err); ok {
-			return res, nil
+			return res, s.contacts(res)
 		}
 	}
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	return res, s.account(res)
+	return res, errors.Join(s.account(res), s.contacts(res))
 }
 
 // run runs the step in its sandbox.
 func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, error) {
 	if err := s.limit(); err != nil {
+		return nil, err
+	}
+	if err := s.restrict(); err != nil {
 		return nil, err
 	}
 	if err := s.prepare(); err != nil {

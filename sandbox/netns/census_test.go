@@ -69,9 +69,9 @@ func settled(t testing.TB) census {
 func TestCloseLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
 	before := settled(t)
-	a, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})
+	a, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{nodeResolver}})
 	require.NoError(t, err)
-	b, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})
+	b, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{nodeResolver}})
 	require.NoError(t, err)
 	require.NotEqual(t, a.claim.prefix, b.claim.prefix)
 	for range 5 {
@@ -116,7 +116,7 @@ func TestAddressesRunOut(t *testing.T) {
 
 // victim makes namespaces and waits to be killed.
 func victim(dir string) {
-	m, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})
+	m, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{nodeResolver}})
 	if err == nil {
 		_, err = m.Acquire(context.Background(), sandbox.NetworkEgress)
 	}

@@ -77,12 +77,16 @@ func (m *Manager) turn() bool {
 }
 
 func (m *Manager) remove(n *network) error {
-	err := n.ns.Close()
+	err := errors.Join(n.stop(), n.ns.Close())
 	if n.slot < 0 {
 		return err
 	}
-	if linkErr := removeLink(m.host, m.claim.link(n.slot)); linkErr != nil {
-		return errors.Join(err, linkErr) // the slot stays taken
+	gone := removeLink(m.host, m.claim.link(n.slot))
+	if gone == nil {
+		gone = m.filter.reset(n.slot)
+	}
+	if gone != nil {
+		return errors.Join(err, gone) // the slot stays taken
 	}
 	m.slots <- n.slot
 	return err
@@ -116,7 +120,7 @@ func (m *Manager) Close() error {
 	errs := []error{m.failed}
 	m.mu.Unlock()
 	for _, n := range all {
-		errs = append(errs, n.ns.Close())
+		errs = append(errs, n.stop(), n.ns.Close())
 	}
 	if len(m.slots) < slots {
 		errs = append(errs, removeGroup(m.claim.group()))
@@ -125,7 +129,7 @@ func (m *Manager) Close() error {
 	if m.egressReady {
 		errs = append(errs,
 			restoreForwarding(m.cfg.StateDir, claimPath(m.cfg.StateDir, m.claim.prefix)),
-			delTable(m.claim))
+			m.filter.close())
 	}
 	errs = append(errs, m.claim.lock.Close())
 	return errors.Join(errs...)

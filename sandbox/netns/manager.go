@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
 // DefaultStateDir holds the locks of the subnets in use.
@@ -36,6 +37,9 @@ type Config struct {
 	Subnet netip.Prefix
 	// Nameservers are given to steps in place of the node's.
 	Nameservers []netip.Addr
+	// Policy says what steps may reach that are not restricted further; nil: what the
+	// zero Policy says.
+	Policy *egress.Policy
 }
 
 // Manager makes and keeps network namespaces. It implements sandbox.Networks.
@@ -51,6 +55,9 @@ type Manager struct {
 	egressMu    sync.Mutex // guards the set-up of the node
 	egressReady bool
 	nameservers []netip.Addr
+	// upstream are the resolvers that those of steps ask. filter judges what steps send.
+	upstream []netip.AddrPort
+	filter   *filter
 
 	mu       sync.Mutex
 	closed   bool
@@ -108,32 +115,6 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	}
 	go m.keep()
 	return m, nil
-}
-
-// network is one namespace.
-type network struct {
-	m           *Manager
-	ns          *os.File
-	path        string
-	slot        int // -1 without a device
-	nameservers []netip.Addr
-}
-
-func (n *network) Path() string              { return n.path }
-func (n *network) Nameservers() []netip.Addr { return n.nameservers }
-
-// Release hands the namespace to the keeper: the kernel takes long to remove
-// one. Errors show at Close. A second call does nothing.
-func (n *network) Release() error {
-	n.m.mu.Lock()
-	defer n.m.mu.Unlock()
-	if _, held := n.m.open[n]; !held {
-		return nil
-	}
-	delete(n.m.open, n)
-	n.m.released = append(n.m.released, n)
-	n.m.nudge()
-	return nil
 }
 
 func (m *Manager) nudge() {
@@ -196,7 +177,11 @@ func (m *Manager) create(ctx context.Context, mode sandbox.NetworkMode) (*networ
 		if n.slot, err = m.takeSlot(ctx); err != nil {
 			return nil, err
 		}
-		if n.ns, err = newEgress(m.host, m.claim, n.slot); err != nil {
+		// The filter is there before the device is.
+		if err = m.filter.open(n.slot); err == nil {
+			n.ns, err = newEgress(m.host, m.claim, n.slot)
+		}
+		if err != nil {
 			m.slots <- n.slot
 		}
 	}
@@ -232,22 +217,31 @@ func (m *Manager) prepareEgress() ([]netip.Addr, error) {
 	if m.egressReady {
 		return m.nameservers, nil
 	}
-	ns := usable(m.cfg.Nameservers)
-	if len(m.cfg.Nameservers) == 0 {
+	all := m.cfg.Nameservers
+	if len(all) == 0 {
 		var err error
-		if ns, err = nodeNameservers(); err != nil {
+		if all, err = nodeNameservers(); err != nil {
 			return nil, err
 		}
 	}
+	ns := usable(all)
 	if len(ns) == 0 {
 		return nil, errors.New("no nameserver for steps: /etc/resolv.conf names only loopback or IPv6 ones; configure an IPv4 nameserver, or use network mode none")
 	}
-	if err := addTable(m.claim, m.cfg.Subnet, ns); err != nil {
+	policy := m.cfg.Policy
+	if policy == nil {
+		policy = &egress.Policy{}
+	}
+	filter, err := newFilter(m.claim, m.cfg.Subnet, ns, policy)
+	if err != nil {
 		return nil, err
 	}
 	if err := enableForwarding(m.cfg.StateDir); err != nil {
-		return nil, errors.Join(err, delTable(m.claim))
+		return nil, errors.Join(err, filter.close())
 	}
-	m.nameservers, m.egressReady = ns, true
+	for _, a := range all {
+		m.upstream = append(m.upstream, netip.AddrPortFrom(a.Unmap(), dnsPort))
+	}
+	m.filter, m.nameservers, m.egressReady = filter, ns, true
 	return ns, nil
 }

@@ -48,11 +48,11 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-var resolver = netip.MustParseAddr("198.51.100.53")
+var nodeResolver = netip.MustParseAddr("198.51.100.53")
 
 func newManager(t testing.TB, dir string) *Manager {
 	t.Helper()
-	m, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{resolver}})
+	m, err := New(context.Background(), Config{StateDir: dir, Nameservers: []netip.Addr{nodeResolver}})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, m.Close()) })
 	return m
@@ -199,7 +199,7 @@ func TestReach(t *testing.T) {
 	require.NoError(t, dial(t, out.Path(), "tcp", "198.51.100.2:7777"))
 	require.NoError(t, dial(t, out.Path(), "udp", "198.51.100.2:7777"))
 	require.Error(t, dial(t, none.Path(), "tcp", "198.51.100.2:7777"))
-	require.Equal(t, []netip.Addr{resolver}, out.Nameservers())
+	require.Equal(t, []netip.Addr{nodeResolver}, out.Nameservers())
 	require.Empty(t, none.Nameservers())
 
 	t.Run("not the node", func(t *testing.T) {
@@ -246,7 +246,7 @@ func TestReach(t *testing.T) {
 	require.NoError(t, none.Release())
 }
 
-// A resolver on an address of the node is reachable on port 53, and nothing else
+// A nodeResolver on an address of the node is reachable on port 53, and nothing else
 // there is.
 func TestResolverOnNode(t *testing.T) {
 	world(t, "7777", "198.51.100.2")

@@ -11,9 +11,8 @@ import (
 	"strings"
 )
 
-// nodeNameservers are the node's resolvers that a step can use: IPv4 and not on a
-// loopback address. When the node uses the stub of systemd-resolved, they are the
-// ones behind it.
+// nodeNameservers are the node's resolvers. When the node uses the stub of
+// systemd-resolved, those behind it come first.
 func nodeNameservers() ([]netip.Addr, error) {
 	all, err := readResolvConf("/etc/resolv.conf")
 	if err != nil {
@@ -26,9 +25,10 @@ func nodeNameservers() ([]netip.Addr, error) {
 		}
 		all = append(behind, all...)
 	}
-	return usable(all), nil
+	return all, nil
 }
 
+// usable are the resolvers that a step can use: IPv4 and not on a loopback address.
 func usable(all []netip.Addr) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range all {

@@ -3,126 +3,196 @@ package netns
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
+	"sync"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
+// Names in the table. Those of a slot have its number behind them.
 const (
-	offsetSource      = 12 // in the IPv4 header
-	offsetDestination = 16
+	setTransport = "transport" // the protocols that have ports
+	setOpen      = "open"      // what the policy of everyone lets be reached
+	mapSlots     = "slots"     // the chain of a device
+	mapResolvers = "resolvers" // the port of a device's own resolver
 )
 
-// addTable installs the packet filter of a claim. pool is the subnet of all
-// processes' steps.
-func addTable(c *claim, pool netip.Prefix, nameservers []netip.Addr) error {
-	nft, err := nftables.New()
+// filter is the packet filter of a claim. It stands in the network namespace of this
+// process, which steps cannot change. What a step sends is judged before the node's own
+// translation of addresses: by the address that the step knows.
+type filter struct {
+	claim       *claim
+	pool        netip.Prefix
+	nameservers []netip.Addr
+	// reach is what the policy of everyone lets be reached.
+	reach egress.Reach
+	table *nftables.Table
+
+	mu    sync.Mutex // guards what follows
+	nft   *nftables.Conn
+	setID uint32
+	slots map[int]*slotState // those whose chains and sets are there
+}
+
+// newFilter installs the packet filter of a claim. pool is the subnet of all processes'
+// steps.
+func newFilter(c *claim, pool netip.Prefix, nameservers []netip.Addr, policy *egress.Policy) (*filter, error) {
+	nft, err := nftables.New(nftables.AsLasting())
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	t := nft.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: c.table()})
+	f := &filter{
+		claim: c, pool: pool, nameservers: nameservers, reach: policy.Reach(), nft: nft,
+		table: &nftables.Table{Family: nftables.TableFamilyIPv4, Name: c.table()},
+		slots: map[int]*slotState{},
+	}
+	if err := f.install(); err != nil {
+		return nil, errors.Join(err, nft.CloseLasting())
+	}
+	return f, nil
+}
+
+func (f *filter) install() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.nft.AddTable(f.table)
+	for _, s := range []struct {
+		set      *nftables.Set
+		elements []nftables.SetElement
+	}{
+		{&nftables.Set{Name: setTransport, KeyType: nftables.TypeInetProto}, []nftables.SetElement{{Key: []byte{unix.IPPROTO_TCP}}, {Key: []byte{unix.IPPROTO_UDP}}}},
+		{&nftables.Set{Name: setOpen, KeyType: nftables.TypeIPAddr, Interval: true}, elementsOf(f.reach.Any)},
+		{&nftables.Set{Name: mapSlots, KeyType: nftables.TypeIFName, DataType: nftables.TypeVerdict, IsMap: true}, nil},
+		{&nftables.Set{Name: mapResolvers, KeyType: nftables.TypeIFName, DataType: nftables.TypeInetService, IsMap: true}, nil},
+	} {
+		if err := f.addSet(s.set, s.elements); err != nil {
+			return err
+		}
+	}
 	chain := func(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) *nftables.Chain {
-		return nft.AddChain(&nftables.Chain{Name: name, Table: t, Type: kind, Hooknum: hook, Priority: prio})
+		return f.nft.AddChain(&nftables.Chain{Name: name, Table: f.table, Type: kind, Hooknum: hook, Priority: prio})
 	}
+	from := device(expr.MetaKeyIIFNAME, f.claim.linksPrefix())
+	to := device(expr.MetaKeyOIFNAME, f.claim.linksPrefix())
+	drop, accept := verdict(expr.VerdictDrop), verdict(expr.VerdictAccept)
+
+	// From a step: to the chain of its slot. There is no other way.
+	steps := chain("steps", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityMangle)
+	f.addRule(steps, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Lookup{SourceRegister: 1, SetName: mapSlots, DestRegister: 0, IsDestRegSet: true},
+	})
+	f.addRule(steps, from, drop)
+	resolvers := chain("resolvers", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
+	f.addRule(resolvers, from, anyPort(dnsPort), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Lookup{SourceRegister: 1, SetName: mapResolvers, DestRegister: 1, IsDestRegSet: true},
+		&expr.Redir{RegisterProtoMin: 1},
+	})
+
+	// What others translate must lead neither to the node nor to where nobody may go.
+	translated := ctBits(expr.CtKeySTATUS, destinationNAT)
 	input := chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
-	output := chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
+	f.addRule(input, from, translated, address(offsetDestination, f.claim.prefix, expr.CmpOpNeq), drop)
 	forward := chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
+	f.addRule(forward, to, answers(), accept)
+	f.addRule(forward, to, drop)
+	for _, p := range append([]netip.Prefix{f.pool}, egress.DeniedIPv4()...) {
+		f.addRule(forward, from, translated, address(offsetDestination, p, expr.CmpOpEq), drop)
+	}
+
+	// From the node: only answers.
+	output := chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
+	f.addRule(output, to, answers(), accept)
+	f.addRule(output, to, drop)
+
 	nat := chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	add := func(c *nftables.Chain, parts ...[]expr.Any) {
-		var all []expr.Any
-		for _, p := range parts {
-			all = append(all, p...)
-		}
-		nft.AddRule(&nftables.Rule{Table: t, Chain: c, Exprs: all})
-	}
-
-	from := device(expr.MetaKeyIIFNAME, c.linksPrefix())
-	to := device(expr.MetaKeyOIFNAME, c.linksPrefix())
-	drop := verdict(expr.VerdictDrop)
-	accept := verdict(expr.VerdictAccept)
-
-	// To the node: only its resolvers. From the node: only answers.
-	for _, ns := range nameservers {
-		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-			rule := [][]expr.Any{from, address(offsetDestination, netip.PrefixFrom(ns, 32), expr.CmpOpEq), port53(proto), accept}
-			add(input, rule...)
-			add(forward, rule...)
-		}
-	}
-	add(input, from, drop)
-	add(output, to, answers(), accept)
-	add(output, to, drop)
-
-	// Through the node: to the outside only, under the step's own address.
-	add(forward, to, answers(), accept)
-	add(forward, to, drop)
-	add(forward, from, address(offsetSource, c.prefix, expr.CmpOpNeq), drop)
-	for _, p := range append([]netip.Prefix{pool}, egress.DeniedIPv4()...) {
-		add(forward, from, address(offsetDestination, p, expr.CmpOpEq), drop)
-	}
-	add(nat, address(offsetSource, c.prefix, expr.CmpOpEq), []expr.Any{&expr.Masq{}})
-
-	if err := nft.Flush(); err != nil {
-		return fmt.Errorf("install nftables table %s: %w", t.Name, err)
+	f.addRule(nat, address(offsetSource, f.claim.prefix, expr.CmpOpEq), []expr.Any{&expr.Masq{}})
+	if err := f.flush(); err != nil {
+		return fmt.Errorf("install nftables table %s: %w", f.table.Name, err)
 	}
 	return nil
 }
 
-func delTable(c *claim) error {
-	nft, err := nftables.New()
+// close removes the table.
+func (f *filter) close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.nft.DelTable(f.table)
+	err := f.nft.Flush()
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		err = fmt.Errorf("remove nftables table %s: %w", f.table.Name, err)
+	} else {
+		err = nil
+	}
+	return errors.Join(err, f.nft.CloseLasting())
+}
+
+// flush has the kernel take the batch. The caller holds mu.
+func (f *filter) flush() error {
+	err := f.nft.Flush()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		// There may be answers left on the connection; without one, each batch has its own.
+		err = errors.Join(err, f.nft.CloseLasting())
 	}
-	nft.DelTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: c.table()})
-	if err := nft.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("remove nftables table %s: %w", c.table(), err)
+	return err
+}
+
+// addRule adds a rule to the batch. The caller holds mu.
+func (f *filter) addRule(c *nftables.Chain, parts ...[]expr.Any) {
+	f.nft.AddRule(&nftables.Rule{Table: f.table, Chain: c, Exprs: rule(parts...)})
+}
+
+// maxElements is how many elements of a set fit into one message.
+const maxElements = 512
+
+// addSet adds a set to the batch. The caller holds mu.
+func (f *filter) addSet(s *nftables.Set, elements []nftables.SetElement) error {
+	f.setID++
+	s.Table, s.ID = f.table, f.setID
+	if s.Anonymous {
+		s.Name, s.Constant = "__set%d", true
+	}
+	if err := f.nft.AddSet(s, nil); err != nil {
+		return fmt.Errorf("add nftables set %s: %w", s.Name, err)
+	}
+	for some := range slices.Chunk(elements, maxElements) {
+		if s.Anonymous {
+			// The library refuses elements of a set without a name of its own.
+			named := *s
+			named.Anonymous = false
+			if err := f.nft.SetAddElements(&named, some); err != nil {
+				return fmt.Errorf("fill nftables set: %w", err)
+			}
+			continue
+		}
+		if err := f.nft.SetAddElements(s, some); err != nil {
+			return fmt.Errorf("fill nftables set %s: %w", s.Name, err)
+		}
 	}
 	return nil
 }
 
-// device matches packets whose device name starts with prefix.
-func device(key expr.MetaKey, prefix string) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(prefix)},
+// elementsOf returns spans as the elements of a set of intervals.
+func elementsOf(spans []egress.Span) []nftables.SetElement {
+	var out []nftables.SetElement
+	for _, s := range spans {
+		out = append(out, nftables.SetElement{Key: s.First.AsSlice()})
+		if after := s.Last.Next(); after.IsValid() {
+			out = append(out, nftables.SetElement{Key: after.AsSlice(), IntervalEnd: true})
+		}
 	}
+	return out
 }
 
-func address(offset uint32, p netip.Prefix, op expr.CmpOp) []expr.Any {
-	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: net.CIDRMask(p.Bits(), 32), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: op, Register: 1, Data: p.Masked().Addr().AsSlice()},
-	}
-}
-
-func port53(proto byte) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(53)},
-	}
-}
-
-// answers matches packets of connections that the other side began.
-func answers() []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Register: 1, Key: expr.CtKeySTATE},
-		&expr.Bitwise{
-			SourceRegister: 1, DestRegister: 1, Len: 4, Xor: make([]byte, 4),
-			Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED),
-		},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
-	}
-}
-
-func verdict(kind expr.VerdictKind) []expr.Any {
-	return []expr.Any{&expr.Verdict{Kind: kind}}
+// linkKey is a device's name as a key of a map.
+func linkKey(name string) []byte {
+	key := make([]byte, nftables.TypeIFName.Bytes)
+	copy(key, name)
+	return key
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/sandbox/cgroup"
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 	"github.com/kiln-build/kiln/sandbox/userns/script"
@@ -78,6 +79,26 @@ func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode) (_ *cel
 	stop := context.AfterFunc(ctx, c.conn.Abort)
 	defer stop()
 	return c, r.furnish(c)
+}
+
+// restrict has the cell's network reach what p permits; nil: what it is made with.
+func (c *cell) restrict(p *egress.Policy) error {
+	if p == nil || c.network == nil {
+		return nil
+	}
+	if err := c.network.Restrict(p); err != nil {
+		return fmt.Errorf("restrict network: %w", err)
+	}
+	c.nameservers = c.network.Nameservers()
+	return nil
+}
+
+// contacts adds to res what its step did with the network.
+func (c *cell) contacts(res *sandbox.Result) (err error) {
+	if c.network != nil {
+		res.Network, err = c.network.Contacts()
+	}
+	return err
 }
 
 // connectNetwork gives the cell its network.

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
 // oneNetwork hands out namespaces with nothing but a loopback device.
@@ -39,6 +40,10 @@ func (n *oneNetwork) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Get
 func (n *oneNetwork) Nameservers() []netip.Addr {
 	return []netip.Addr{netip.MustParseAddr("192.0.2.53")}
 }
+
+func (n *oneNetwork) Restrict(*egress.Policy) error { return nil }
+
+func (n *oneNetwork) Contacts() (sandbox.Contacts, error) { return sandbox.Contacts{}, nil }
 
 func (n *oneNetwork) Release() error { return n.ns.Close() }
 

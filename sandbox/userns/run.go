@@ -135,6 +135,9 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	owned.add(func() error { r.discardLater(c); return nil })
 	owned.add(func() error { c.end(); return nil })
 	owned.add(run.close)
+	if err := c.restrict(step.Egress); err != nil {
+		return nil, fmt.Errorf("prepare step %s: %w", step.ID, err)
+	}
 	if err := c.cgroup.Limit(step.Limits); err != nil {
 		if res, ok := tooSmall(err); ok {
 			return res, nil
@@ -163,7 +166,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if res, err = supervise(ctx, c.child, step.Process, streams); err != nil {
 		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
 	}
-	if err := c.cgroup.Account(res); err != nil {
+	if err := errors.Join(c.cgroup.Account(res), c.contacts(res)); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
 	return res, nil
