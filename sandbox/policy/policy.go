@@ -35,6 +35,8 @@ type Rules struct {
 	Networks []string
 	// DefaultNetwork is that of a build that names none.
 	DefaultNetwork string
+	// Destinations are what builds may connect to.
+	Destinations Destinations
 	// Pull holds patterns of repositories that images may come from; see Match.
 	Pull []string
 	// Push holds patterns of repositories that images may go to.
