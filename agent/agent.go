@@ -53,6 +53,8 @@ type Config struct {
 	Queue   queue.Limits
 	Records record.Limits
 	Uploads upload.Limits
+	// Steps tells what steps of Engines used; nil: nobody does.
+	Steps *Steps
 	// Metrics counts builds; nil: nobody does. See NewMetrics.
 	Metrics *Metrics
 	// Tracer gives spans; nil: there are none.

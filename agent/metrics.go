@@ -17,6 +17,10 @@ type Metrics struct {
 	duration *prometheus.HistogramVec
 	wait     prometheus.Histogram
 	steps    *prometheus.CounterVec
+	cpu      *prometheus.HistogramVec
+	memory   *prometheus.HistogramVec
+	written  *prometheus.HistogramVec
+	limits   *prometheus.CounterVec
 	queue    atomic.Pointer[queue.Queue]
 }
 
@@ -24,7 +28,17 @@ type Metrics struct {
 // already, as prometheus.MustRegister does.
 func NewMetrics(reg prometheus.Registerer) *Metrics {
 	seconds := []float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600}
+	byClass := func(name, help string, buckets []float64) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets}, []string{"sandbox"})
+	}
+	mebibytes := prometheus.ExponentialBuckets(1<<20, 4, 9) // to 64 GiB
 	m := &Metrics{
+		cpu:     byClass("kiln_agent_step_cpu_seconds", "CPU time of steps that ran, by class of sandbox.", seconds),
+		memory:  byClass("kiln_agent_step_peak_memory_bytes", "Most memory at a time of steps that ran, by class of sandbox.", mebibytes),
+		written: byClass("kiln_agent_step_written_bytes", "What steps that ran left on disk, by class of sandbox.", mebibytes),
+		limits: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kiln_agent_step_limits_reached_total", Help: "Limits that steps ran into, by class of sandbox.",
+		}, []string{"sandbox", "limit"}),
 		builds: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kiln_agent_builds_total", Help: "Builds that ended, by how, why and in which class of sandbox.",
 		}, []string{"state", "reason", "sandbox"}),
@@ -46,7 +60,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			return 0
 		})
 	}
-	reg.MustRegister(m.builds, m.duration, m.wait, m.steps,
+	reg.MustRegister(m.builds, m.duration, m.wait, m.steps, m.cpu, m.memory, m.written, m.limits,
 		stat("kiln_agent_builds_running", "Builds that run.", func(s queue.Stats) float64 { return float64(s.Running) }),
 		stat("kiln_agent_builds_queued", "Builds that wait.", func(s queue.Stats) float64 { return float64(s.Queued) }),
 		stat("kiln_agent_reserved_cpus", "CPUs that builds reserve.", func(s queue.Stats) float64 { return float64(s.Used.CPUMillis) / 1000 }),
@@ -58,6 +72,18 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 
 // watch has the gauges show a queue.
 func (m *Metrics) watch(q *queue.Queue) { m.queue.Store(q) }
+
+// step counts what a step used.
+func (m *Metrics) step(class string, u *agentv1.StepUsage) {
+	m.cpu.WithLabelValues(class).Observe(u.GetCpu().AsDuration().Seconds())
+	if n := u.GetPeakMemoryBytes(); n > 0 {
+		m.memory.WithLabelValues(class).Observe(float64(n))
+	}
+	m.written.WithLabelValues(class).Observe(float64(u.GetDiskBytes()))
+	for _, l := range u.GetLimitsReached() {
+		m.limits.WithLabelValues(class, l).Inc()
+	}
+}
 
 // measured counts builds.
 type measured struct {

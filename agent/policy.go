@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/policy"
@@ -90,18 +91,24 @@ func (p RulePolicy) Complete(tenant string, spec *agentv1.BuildSpec) {
 	if spec.Resources == nil {
 		spec.Resources = &agentv1.Resources{}
 	}
-	r, asked := spec.Resources, request(spec).Limits
-	r.CpuMillis = limit(asked.CPUMillis, t.Defaults.CPUMillis, got.Limits.CPUMillis)
-	r.MemoryBytes = limit(asked.MemoryBytes, t.Defaults.MemoryBytes, got.Limits.MemoryBytes)
-	r.Pids = limit(asked.PIDs, t.Defaults.PIDs, got.Limits.PIDs)
-	r.DiskBytes = limit(asked.DiskBytes, t.Defaults.DiskBytes, got.Limits.DiskBytes)
+	setLimits(spec.Resources, request(spec).Limits.Or(t.Defaults, policy.Most(t.Rules)))
 	timeout := limit(spec.GetTimeout().AsDuration(), cmp.Or(t.Timeout, DefaultTimeout), got.Timeout)
 	spec.Timeout = durationpb.New(timeout)
 }
 
+// setLimits writes l to r.
+func setLimits(r *agentv1.Resources, l policy.Limits) {
+	r.CpuMillis, r.MemoryBytes, r.Pids, r.DiskBytes = l.CPUMillis, l.MemoryBytes, l.PIDs, l.DiskBytes
+	r.Inodes, r.OpenFiles, r.LogBytes, r.LogRate, r.ShmBytes = l.Inodes, l.OpenFiles, l.LogBytes, l.LogRate, l.ShmBytes
+	r.StepTimeout = nil
+	if l.StepTimeout > 0 {
+		r.StepTimeout = durationpb.New(l.StepTimeout)
+	}
+}
+
 // limit returns what was asked for, else the default within what is allowed, else
 // what is allowed.
-func limit[T int64 | time.Duration](asked, byDefault, allowed T) T {
+func limit(asked, byDefault, allowed time.Duration) time.Duration {
 	switch {
 	case asked > 0:
 		return asked
@@ -140,11 +147,17 @@ func (p RulePolicy) Check(tenant string, spec *agentv1.BuildSpec) error {
 // policyFields are fields of the API by those of a Build, which package policy
 // names.
 var policyFields = map[string]string{
-	"spec.runtimeClassName":                    "spec.sandbox",
-	"spec.resources.limits[cpu]":               "spec.resources.cpu_millis",
-	"spec.resources.limits[memory]":            "spec.resources.memory_bytes",
-	"spec.resources.limits[kiln.build/pids]":   "spec.resources.pids",
-	"spec.resources.limits[ephemeral-storage]": "spec.resources.disk_bytes",
+	"spec.runtimeClassName":                        "spec.sandbox",
+	"spec.resources.limits[cpu]":                   "spec.resources.cpu_millis",
+	"spec.resources.limits[memory]":                "spec.resources.memory_bytes",
+	"spec.resources.limits[kiln.build/pids]":       "spec.resources.pids",
+	"spec.resources.limits[ephemeral-storage]":     "spec.resources.disk_bytes",
+	"spec.resources.limits[kiln.build/inodes]":     "spec.resources.inodes",
+	"spec.resources.limits[kiln.build/open-files]": "spec.resources.open_files",
+	"spec.resources.limits[kiln.build/log-bytes]":  "spec.resources.log_bytes",
+	"spec.resources.limits[kiln.build/log-rate]":   "spec.resources.log_rate",
+	"spec.resources.limits[kiln.build/shm]":        "spec.resources.shm_bytes",
+	"spec.stepTimeout":                             "spec.resources.step_timeout",
 }
 
 // Share implements Policy.
@@ -164,12 +177,13 @@ func orNothing(patterns []string) string {
 func request(spec *agentv1.BuildSpec) policy.Request {
 	r := policy.Request{
 		Class: className(spec.GetSandbox()), Network: networkName(spec.GetNetwork()),
-		Limits: policy.Limits{
-			CPUMillis: spec.GetResources().GetCpuMillis(), MemoryBytes: spec.GetResources().GetMemoryBytes(),
-			PIDs: spec.GetResources().GetPids(), DiskBytes: spec.GetResources().GetDiskBytes(),
-		},
+		Limits:  steplimits.Of(spec.GetResources()),
 		Timeout: spec.GetTimeout().AsDuration(),
 		Pull:    pulls(spec),
+		Mounts:  mounts(spec),
+	}
+	if d := spec.GetDockerfile(); d != nil && d.GetBuildArgs()[syntaxArg] != "" {
+		r.Frontends = []policy.Image{{Field: "spec.dockerfile.build_args[" + syntaxArg + "]", Name: policy.Frontend(d.GetBuildArgs()[syntaxArg])}}
 	}
 	for i, o := range spec.GetOutputs() {
 		if image := o.GetRegistry().GetImage(); image != "" {
@@ -208,6 +222,27 @@ func pulls(spec *agentv1.BuildSpec) []policy.Image {
 	add("spec.steps.image.base", spec.GetSteps().GetImage().GetBase())
 	for i, c := range spec.GetCacheFrom() {
 		add(field("spec.cache_from", i)+".attributes[ref]", c.GetAttributes()["ref"])
+	}
+	return out
+}
+
+// syntaxArg is the build argument that names a front end, as a syntax line does.
+const syntaxArg = "BUILDKIT_SYNTAX"
+
+// mounts are the types of mounts that the spec's own steps have. Those of a Dockerfile are
+// checked when its steps run.
+func mounts(spec *agentv1.BuildSpec) []policy.MountType {
+	var out []policy.MountType
+	for i, step := range spec.GetSteps().GetSteps() {
+		at := field("spec.steps.steps", i)
+		for j := range step.GetCaches() {
+			out = append(out, policy.MountType{Field: field(at+".caches", j), Type: policy.MountCache})
+		}
+		for j, s := range step.GetSecrets() {
+			if s.GetEnv() == "" || s.GetPath() != "" {
+				out = append(out, policy.MountType{Field: field(at+".secrets", j), Type: policy.MountSecret})
+			}
+		}
 	}
 	return out
 }

@@ -40,7 +40,7 @@ type solver struct {
 
 // Run opens the engine, which the job keeps, and builds.
 func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
-	session, err := s.cfg.Engines.Open(ctx, Domain{Tenant: j.key.Tenant, Sandbox: classes[j.spec.GetSandbox()]})
+	session, err := s.cfg.Engines.Open(ctx, domainOf(j))
 	if err != nil {
 		if result := ended(ctx); result != nil {
 			return result
@@ -66,9 +66,16 @@ func (s *solver) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 	return s.solve(ctx, j, plan)
 }
 
+// domainOf is where the steps of a build run.
+func domainOf(j *job) Domain {
+	return Domain{Tenant: j.key.Tenant, Sandbox: classes[j.spec.GetSandbox()]}
+}
+
 func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv1.BuildResult {
+	usages := s.cfg.Steps.follow(domainOf(j))
+	defer usages.end()
 	status, told := make(chan *client.SolveStatus, 16), make(chan *progress.Translator, 1)
-	go func() { told <- s.tell(j, status) }()
+	go func() { told <- s.tell(j, status, usages) }()
 	resp, err := s.build(ctx, j, plan, status)
 	if errors.Is(err, errStuck) {
 		s.cfg.Logger.Error("the engine does not end a build; it is given up", "tenant", j.key.Tenant, "build", j.key.ID)
@@ -137,7 +144,7 @@ func (s *solver) build(ctx context.Context, j *job, plan *strategy.Plan, status 
 }
 
 // tell stores what happens until status is closed.
-func (s *solver) tell(j *job, status <-chan *client.SolveStatus) *progress.Translator {
+func (s *solver) tell(j *job, status <-chan *client.SolveStatus, usages *stepUsages) *progress.Translator {
 	var broken bool
 	t := progress.New(func(ev *agentv1.Event) {
 		if err := j.writer.Load().Append(ev); err != nil && !broken {
@@ -145,6 +152,7 @@ func (s *solver) tell(j *job, status <-chan *client.SolveStatus) *progress.Trans
 			s.cfg.Logger.Warn("events of a build are not stored", "tenant", j.key.Tenant, "build", j.key.ID, "error", err)
 		}
 	}, s.cfg.Now)
+	t.TellUsage(usages.get)
 	tick := time.NewTicker(flushInterval)
 	defer tick.Stop()
 	for {

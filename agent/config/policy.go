@@ -75,6 +75,12 @@ func merge(base, over Policy) Policy {
 	if len(over.Registries.Push) > 0 {
 		base.Registries.Push = over.Registries.Push
 	}
+	if len(over.Frontends) > 0 {
+		base.Frontends = over.Frontends
+	}
+	if len(over.Mounts) > 0 {
+		base.Mounts = over.Mounts
+	}
 	if len(over.NodeImages) > 0 {
 		base.NodeImages = over.NodeImages
 	}
@@ -87,6 +93,12 @@ func mergeResources(base, over Resources) Resources {
 	override(&base.Memory, over.Memory)
 	override(&base.Disk, over.Disk)
 	override(&base.PIDs, over.PIDs)
+	override(&base.Inodes, over.Inodes)
+	override(&base.OpenFiles, over.OpenFiles)
+	override(&base.Log, over.Log)
+	override(&base.LogRate, over.LogRate)
+	override(&base.Shm, over.Shm)
+	override(&base.StepTimeout, over.StepTimeout)
 	return base
 }
 

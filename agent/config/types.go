@@ -216,6 +216,12 @@ type Policy struct {
 	MaxQueued int `json:"maxQueued,omitempty"`
 	// Registries bound where images come from and go to.
 	Registries Registries `json:"registries,omitzero"`
+	// Frontends are what may read a build's definition: "builtin", and patterns, as in
+	// Registries, of the front ends that the node's frontends list; none: all of these.
+	Frontends []string `json:"frontends,omitempty"`
+	// Mounts are types of mounts that steps may have besides content of the build:
+	// "cache", "secret", "ssh", "tmpfs"; none: all.
+	Mounts []string `json:"mounts,omitempty"`
 	// NodeImages are patterns, as in Registries, of names under which its builds may
 	// store images in the node's runtime, where Pods find them; none: nowhere.
 	NodeImages []string `json:"nodeImages,omitempty"`
@@ -226,7 +232,8 @@ type Policy struct {
 	BuildKitClients string `json:"buildKitClients,omitempty"`
 }
 
-// Resources are limits of one build. Empty fields are unlimited.
+// Resources are limits of each step of a build. Empty fields are unlimited, or have the
+// default of a sandbox.
 type Resources struct {
 	// CPU in processors.
 	CPU Size `json:"cpu,omitempty"`
@@ -236,6 +243,17 @@ type Resources struct {
 	Disk Size `json:"disk,omitempty"`
 	// PIDs is processes and threads.
 	PIDs int64 `json:"pids,omitempty"`
+	// Inodes is files and directories that a step makes.
+	Inodes int64 `json:"inodes,omitempty"`
+	// OpenFiles is files that a process may have open.
+	OpenFiles int64 `json:"openFiles,omitempty"`
+	// Log is output that is kept, in bytes, and LogRate is that in a second.
+	Log     Size `json:"log,omitempty"`
+	LogRate Size `json:"logRate,omitempty"`
+	// Shm is the size of /dev/shm in bytes.
+	Shm Size `json:"shm,omitempty"`
+	// StepTimeout is how long a step may run.
+	StepTimeout Duration `json:"stepTimeout,omitempty"`
 }
 
 // Registries are patterns of image names: a host ("registry.example.com:5000"), a

@@ -11,6 +11,9 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
 // Off is the address of an HTTP listener that is not wanted.
@@ -148,6 +151,9 @@ func (c *Agent) validateTenants(at *field.Path) field.ErrorList {
 	return e
 }
 
+// longest is the most that a build or a step may run.
+const longest = 7 * 24 * time.Hour
+
 // validatePolicy checks p, and that what comes of it with the defaults holds
 // together.
 func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList {
@@ -161,7 +167,6 @@ func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList 
 		e = append(e, oneOf(at.Child("defaultSandbox"), p.DefaultSandbox, whole.Sandboxes)...)
 	}
 	e = append(e, oneOf(at.Child("network"), whole.Network, networks)...)
-	const longest = 7 * 24 * time.Hour
 	e = append(e, duration(at.Child("maxTimeout"), whole.MaxTimeout, time.Second, longest)...)
 	e = append(e, duration(at.Child("defaultTimeout"), whole.DefaultTimeout, time.Second, longest)...)
 	if len(e) == 0 && whole.DefaultTimeout.Value() > whole.MaxTimeout.Value() {
@@ -176,6 +181,10 @@ func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList 
 	e = append(e, between(at.Child("maxQueued"), int64(p.MaxQueued), 0, 100_000)...)
 	e = append(e, registries(at.Child("registries", "pull"), p.Registries.Pull)...)
 	e = append(e, registries(at.Child("nodeImages"), p.NodeImages)...)
+	e = append(e, registries(at.Child("frontends"), p.Frontends)...)
+	for i, m := range p.Mounts {
+		e = append(e, oneOf(at.Child("mounts").Index(i), m, []string{policy.MountCache, policy.MountSecret, policy.MountSSH, policy.MountTmpfs})...)
+	}
 	e = append(e, oneOf(at.Child("buildKitClients"), whole.BuildKitClients, clients)...)
 	return append(e, registries(at.Child("registries", "push"), p.Registries.Push)...)
 }
@@ -184,7 +193,30 @@ func (r *Resources) validate(at *field.Path) field.ErrorList {
 	e := size(at.Child("cpu"), r.CPU, allowEmpty)
 	e = append(e, size(at.Child("memory"), r.Memory, allowEmpty)...)
 	e = append(e, size(at.Child("disk"), r.Disk, allowEmpty)...)
-	return append(e, between(at.Child("pids"), r.PIDs, 0, 4<<20)...)
+	e = append(e, between(at.Child("pids"), r.PIDs, 0, 4<<20)...)
+	e = append(e, between(at.Child("inodes"), r.Inodes, 0, 1<<40)...)
+	e = append(e, between(at.Child("openFiles"), r.OpenFiles, 0, sandbox.DefaultOpenFiles)...)
+	e = append(e, size(at.Child("log"), r.Log, allowEmpty)...)
+	e = append(e, size(at.Child("logRate"), r.LogRate, allowEmpty)...)
+	e = append(e, size(at.Child("shm"), r.Shm, allowEmpty)...)
+	if r.StepTimeout != "" {
+		e = append(e, duration(at.Child("stepTimeout"), r.StepTimeout, time.Second, longest)...)
+	}
+	if len(e) > 0 {
+		return e
+	}
+	if err := r.Limits().Validate(); err != nil {
+		e = append(e, field.Invalid(at, "", err.Error()))
+	}
+	return e
+}
+
+// Limits returns r in the terms of a sandbox.
+func (r *Resources) Limits() sandbox.Limits {
+	return sandbox.Limits{
+		CPUMillis: r.CPU.Millis(), MemoryBytes: r.Memory.Bytes(0), DiskBytes: r.Disk.Bytes(0), PIDs: r.PIDs, Inodes: r.Inodes, OpenFiles: r.OpenFiles,
+		LogBytes: r.Log.Bytes(0), LogRate: r.LogRate.Bytes(0), ShmBytes: r.Shm.Bytes(0), Timeout: r.StepTimeout.Value(),
+	}
 }
 
 // within checks that what a build gets is not more than it may ask for.
@@ -195,7 +227,9 @@ func within(at *field.Path, r, limit Resources) field.ErrorList {
 		is, limit int64
 	}{
 		{"cpu", r.CPU.Millis(), limit.CPU.Millis()}, {"memory", r.Memory.Bytes(0), limit.Memory.Bytes(0)},
-		{"disk", r.Disk.Bytes(0), limit.Disk.Bytes(0)}, {"pids", r.PIDs, limit.PIDs},
+		{"disk", r.Disk.Bytes(0), limit.Disk.Bytes(0)}, {"pids", r.PIDs, limit.PIDs}, {"inodes", r.Inodes, limit.Inodes},
+		{"openFiles", r.OpenFiles, limit.OpenFiles}, {"log", r.Log.Bytes(0), limit.Log.Bytes(0)}, {"logRate", r.LogRate.Bytes(0), limit.LogRate.Bytes(0)},
+		{"shm", r.Shm.Bytes(0), limit.Shm.Bytes(0)}, {"stepTimeout", int64(r.StepTimeout.Value()), int64(limit.StepTimeout.Value())},
 	} {
 		if f.limit > 0 && f.is > f.limit {
 			e = append(e, field.Invalid(at.Child(f.name), f.is, "must not be more than maxResources."+f.name))

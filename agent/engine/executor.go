@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
@@ -30,7 +31,7 @@ type stepExecutor struct {
 var _ executor.Executor = (*stepExecutor)(nil)
 
 func newStepExecutor(r *runtimes, d Domain) *stepExecutor {
-	return &stepExecutor{runtimes: r, policy: &stepPolicy{root: r.cfg.Root, rules: r.cfg.Rules}, domain: d, owner: identity.NewID()}
+	return &stepExecutor{runtimes: r, policy: newStepPolicy(r.cfg), domain: d, owner: identity.NewID()}
 }
 
 // Run implements executor.Executor.
@@ -51,7 +52,7 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 	if err != nil {
 		return nil, err
 	}
-	step, err := e.newStep(id, process)
+	step, err := e.newStep(ctx, id, process)
 	if err != nil {
 		return nil, err
 	}
@@ -82,14 +83,24 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 	if err := e.policy.checkStep(ctx, e.domain, process.Meta, step); err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	res, err := rt.Run(ctx, step, start)
 	if err == nil {
 		err = exitError(ctx, res, step.Limits, process.Meta.ValidExitCodes)
 	}
+	e.report(ctx, step, time.Since(began), res, err)
 	if err != nil {
 		err = errors.Join(err, discardWhenFull(step.Root))
 	}
 	return nil, err
+}
+
+// report tells what a step used.
+func (e *stepExecutor) report(ctx context.Context, step *sandbox.Step, took time.Duration, res *sandbox.Result, err error) {
+	if tell := e.runtimes.cfg.OnStep; tell != nil {
+		v := vertexOf(ctx)
+		tell(StepReport{Domain: e.domain, Vertex: v.digest, Name: v.name, Duration: took, Limits: step.Limits, Result: res, Err: err})
+	}
 }
 
 // Exec implements executor.Executor.
@@ -108,7 +119,7 @@ func (e *stepExecutor) Exec(ctx context.Context, id string, process executor.Pro
 	return exitError(ctx, res, sandbox.Limits{}, process.Meta.ValidExitCodes)
 }
 
-func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbox.Step, error) {
+func (e *stepExecutor) newStep(ctx context.Context, id string, process executor.ProcessInfo) (*sandbox.Step, error) {
 	if id == "" {
 		id = identity.NewID()
 	}
@@ -117,7 +128,7 @@ func (e *stepExecutor) newStep(id string, process executor.ProcessInfo) (*sandbo
 		Network: sandbox.NetworkMode(networkOf(process.Meta.NetMode)),
 	}
 	var err error
-	if step.Limits, err = limitsOf(process.Meta.LinuxResources, e.runtimes.most(e.domain)); err != nil {
+	if step.Limits, err = e.policy.limits(ctx, e.domain, process.Meta); err != nil {
 		return nil, err
 	}
 	for _, h := range process.Meta.ExtraHosts {

@@ -15,14 +15,9 @@ import (
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/worker"
-)
 
-// builtinRepositories are the images whose front end is the built-in one. Naming
-// them pulls nothing.
-var builtinRepositories = []string{
-	"docker.io/docker/dockerfile",
-	"docker.io/docker/dockerfile-upstream",
-}
+	"github.com/kiln-build/kiln/sandbox/policy"
+)
 
 // frontendPolicy says which front ends may run.
 type frontendPolicy struct {
@@ -56,15 +51,20 @@ func frontendKey(ref string) (string, bool) {
 	return reference.TrimNamed(named).Name() + "@" + d.Digest().String(), true
 }
 
-func (p *frontendPolicy) frontends(infos worker.Infos) (map[string]frontend.Frontend, error) {
+// frontends returns the front ends of a domain.
+func (p *frontendPolicy) frontends(infos worker.Infos, rules *stepPolicy, d Domain) (map[string]frontend.Frontend, error) {
 	gw, err := gateway.NewGatewayFrontend(infos, nil)
 	if err != nil {
 		return nil, fmt.Errorf("make front end: %w", err)
 	}
 	builtin := forwarder.NewGatewayForwarder(infos, dockerfile.Build)
+	checked := func(f frontend.Frontend, name func(map[string]string) string) frontend.Frontend {
+		return &checkedFrontend{Frontend: f, name: name, policy: rules, domain: d}
+	}
 	return map[string]frontend.Frontend{
-		"dockerfile.v0": builtin,
-		"gateway.v0":    &externalFrontend{policy: p, builtin: builtin, gateway: gw},
+		"dockerfile.v0": checked(builtin, func(map[string]string) string { return policy.BuiltIn }),
+		"gateway.v0": checked(&externalFrontend{policy: p, builtin: builtin, gateway: gw},
+			func(opts map[string]string) string { return policy.Frontend(opts[frontend.KeySource]) }),
 	}, nil
 }
 
@@ -78,11 +78,10 @@ type externalFrontend struct {
 // policy has it, and refuses every other.
 func (f *externalFrontend) Solve(ctx context.Context, bridge frontend.FrontendLLBBridge, exec executor.Executor, opts map[string]string, inputs map[string]*pb.Definition, sid string, sm *session.Manager) (*frontend.Result, error) {
 	source := opts[frontend.KeySource]
-	named, err := reference.ParseNormalizedNamed(source)
-	if err != nil {
+	if _, err := reference.ParseNormalizedNamed(source); err != nil {
 		return nil, fmt.Errorf("front end %q: not an image reference: %w", source, err)
 	}
-	if slices.Contains(builtinRepositories, reference.TrimNamed(named).Name()) {
+	if policy.Frontend(source) == policy.BuiltIn {
 		opts = maps.Clone(opts)
 		if opts["cmdline"] == "" {
 			// Tells the front end that its syntax line has been acted on.

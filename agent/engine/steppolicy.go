@@ -10,6 +10,7 @@ import (
 	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/solver/pb"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/policy"
 )
@@ -21,6 +22,8 @@ type stepPolicy struct {
 	root string
 	// rules returns what holds for a domain; nil: only what holds for every step.
 	rules func(Domain) StepRules
+	// most returns the most that a step of a domain may use; nil: only rules say.
+	most func(Domain) sandbox.Limits
 }
 
 // StepRules is what holds for the steps of a domain.
@@ -31,12 +34,20 @@ type StepRules struct {
 	Defaults policy.Limits
 }
 
+func newStepPolicy(cfg NodeConfig) *stepPolicy {
+	return &stepPolicy{root: cfg.Root, rules: cfg.Rules, most: cfg.Limits}
+}
+
 // of returns what holds for a domain.
 func (p *stepPolicy) of(d Domain) StepRules {
-	if p.rules == nil {
-		return StepRules{}
+	var r StepRules
+	if p.rules != nil {
+		r = p.rules(d)
 	}
-	return p.rules(d)
+	if p.most != nil {
+		r.Rules = append([]policy.Rules{{Name: "node", Max: steplimits.FromSandbox(p.most(d))}}, r.Rules...)
+	}
+	return r
 }
 
 // refused are all reasons against a step.
@@ -57,10 +68,48 @@ func (p *stepPolicy) checkStep(ctx context.Context, d Domain, meta executor.Meta
 	}
 	of := vertexOf(ctx)
 	s := processRequest(d, meta)
+	var err error
+	if s.Limits, err = asked(ctx, meta); err != nil {
+		return err
+	}
 	for _, m := range step.Mounts {
 		s.Mounts = append(s.Mounts, policy.Mount{Type: p.mountType(m, of.mounts), Destination: m.Destination, Size: tmpfsSize(m.Tree)})
 	}
 	return refusal(policy.CheckStep(p.of(d).Rules, s))
+}
+
+// asked returns the limits that a step asks for.
+func asked(ctx context.Context, meta executor.Meta) (policy.Limits, error) {
+	l, err := steplimits.Decode(vertexOf(ctx).limits)
+	if err != nil {
+		return policy.Limits{}, err
+	}
+	of, err := limitsOf(meta.LinuxResources, sandbox.Limits{})
+	if err != nil {
+		return policy.Limits{}, err
+	}
+	l.CPUMillis, l.MemoryBytes = of.CPUMillis, of.MemoryBytes
+	for _, u := range meta.Ulimit {
+		if strings.EqualFold(u.GetName(), "nofile") {
+			l.OpenFiles = u.GetHard()
+		}
+	}
+	return l, nil
+}
+
+// limits returns those that a step gets: what it asks for, else the default of its domain
+// within what policy allows, else the most that this does.
+func (p *stepPolicy) limits(ctx context.Context, d Domain, meta executor.Meta) (sandbox.Limits, error) {
+	l, err := asked(ctx, meta)
+	if err != nil {
+		return sandbox.Limits{}, err
+	}
+	r := p.of(d)
+	out := steplimits.ForSandbox(l.Or(r.Defaults, policy.Most(r.Rules)))
+	if out.PIDs == 0 {
+		out.PIDs = DefaultPIDs
+	}
+	return out, nil
 }
 
 // checkProcess refuses one more process of a step that runs.

@@ -15,14 +15,16 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/worker"
 	"github.com/moby/buildkit/worker/base"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/kiln-build/kiln/agent/steplimits"
 )
 
 // vertex is what the solver knows of a step and does not tell its executor.
 type vertex struct {
-	// digest names the step in progress and in events.
-	digest string
+	// digest names the step in progress and in events; name is for people.
+	digest digest.Digest
+	name   string
 	// mounts are types of mounts by destination, as policy names them.
 	mounts map[string]string
 	// limits has the description of what the build asks for; see package steplimits.
@@ -61,7 +63,7 @@ func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, s
 }
 
 func newVertex(v solver.Vertex, exec *pb.ExecOp) vertex {
-	out := vertex{digest: v.Digest().String(), limits: v.Options().Description[steplimits.Key], mounts: map[string]string{}}
+	out := vertex{digest: v.Digest(), name: v.Name(), limits: v.Options().Description[steplimits.Key], mounts: map[string]string{}}
 	for _, m := range exec.GetMounts() {
 		dest := m.GetDest()
 		if !path.IsAbs(dest) {

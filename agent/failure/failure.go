@@ -71,6 +71,8 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 		return agentv1.FailureReason_FAILURE_REASON_DISK_FULL
 	case exit != nil && outOfMemory.MatchString(text):
 		return agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY
+	case exit != nil && tooManyProcesses.MatchString(text):
+		return agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT
 	case exit != nil && exit.ExitCode != gateway.UnknownExitStatus:
 		return agentv1.FailureReason_FAILURE_REASON_STEP_FAILED
 	case containsAny(text, "is refused:", "are refused:", "is not allowed", "source denied by policy", "denied for builds:", "denied by rule ", "denied by SandboxPolicy ", "entitlement"):
@@ -86,9 +88,12 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 	return byText(err, text)
 }
 
-// outOfMemory matches what the engine says of a step, and not what the step's command
+// What the engine says of a step that ran into a limit, and not what the step's command
 // line has, which is quoted.
-var outOfMemory = regexp.MustCompile(`exit code: \d+: out of memory: [^"]*$`)
+var (
+	outOfMemory      = regexp.MustCompile(`exit code: \d+: out of memory: [^"]*$`)
+	tooManyProcesses = regexp.MustCompile(`exit code: \d+: the limit of \d+ processes and threads was reached$`)
+)
 
 var (
 	pushes  = regexp.MustCompile(`^(exporting|pushing|\[auth\] .*push|sending )`)
@@ -151,6 +156,8 @@ func containsAny(s string, parts ...string) bool {
 var advice = map[agentv1.FailureReason]string{
 	agentv1.FailureReason_FAILURE_REASON_DISK_FULL:     "Free disk on the node by pruning its caches, give the build more disk, or make it write less.",
 	agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY: "Give the build more memory, or make the step use less.",
+	agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT: "Give the build more processes (pids), or make the step use fewer.",
+	agentv1.FailureReason_FAILURE_REASON_DISK_LIMIT:    "Give the build more disk, or make the step write less.",
 }
 
 // location returns the place in a file that err is about.

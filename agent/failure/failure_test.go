@@ -48,7 +48,7 @@ func TestReasons(t *testing.T) {
 		{"exit code", exit(3, nil), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
 		{"memory", exit(137, errors.New("exit code: 137: out of memory: the limit of 64MiB was reached")), run, agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY},
 		{"memory of a command line", exit(1, errors.New(`process "sh -c echo exit code: 1: out of memory: x" did not complete successfully: exit code: 1`)), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
-		{"processes", exit(2, errors.New("exit code: 2: the limit of 7 processes and threads was reached")), run, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED},
+		{"processes", exit(2, errors.New("exit code: 2: the limit of 7 processes and threads was reached")), run, agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT},
 		{"disk", solver.WrapVertex(errors.New("write /x: no space left on device"), d), run, agentv1.FailureReason_FAILURE_REASON_DISK_FULL},
 		{"network mode", solver.WrapVertex(errors.New(`step.network: denied by rule network-mode: network mode "host" is refused`), d), run, agentv1.FailureReason_FAILURE_REASON_DENIED},
 		{"front end", errors.New(`front end "x" is not allowed: …`), nil, agentv1.FailureReason_FAILURE_REASON_DENIED},

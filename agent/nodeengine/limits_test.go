@@ -70,7 +70,7 @@ func TestMostOfADomain(t *testing.T) {
 
 		forks := base + sh("i=0; while [ $i -lt 100 ]; do /bin/busybox sleep 2 & i=$((i+1)); done; wait")
 		result = agenttest.CheckEvents(t, build(t, agenttest.Context(t, "b"), c, "pids-"+name, class, forks, nil), 0)
-		require.Equal(t, agentv1.FailureReason_FAILURE_REASON_STEP_FAILED, result.GetFailure().GetReason(), "%v", result)
+		require.Equal(t, agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT, result.GetFailure().GetReason(), "%v", result)
 		require.Contains(t, result.GetFailure().GetMessage(), "the limit of 60 processes and threads was reached")
 	})
 }

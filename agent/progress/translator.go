@@ -33,6 +33,7 @@ type Translator struct {
 	order []*step
 	parts map[string]*part
 	first *step // that failed first
+	usage func(digest string) *agentv1.StepUsage
 }
 
 // step is what is known of a step.
@@ -54,6 +55,10 @@ func New(emit func(*agentv1.Event), now func() time.Time) *Translator {
 	}
 	return &Translator{emit: emit, now: now, steps: map[string]*step{}, parts: map[string]*part{}}
 }
+
+// TellUsage has the end of each step tell what of returns for its digest, if that is not
+// nil. It is called before Add.
+func (t *Translator) TellUsage(of func(digest string) *agentv1.StepUsage) { t.usage = of }
 
 // Add takes the next piece of news.
 func (t *Translator) Add(s *client.SolveStatus) {
@@ -92,6 +97,9 @@ func (t *Translator) vertex(v *client.Vertex) {
 	}
 	if v.Completed != nil {
 		r.EndedAt = timestamppb.New(*v.Completed)
+		if t.usage != nil && !v.Cached {
+			r.Usage = t.usage(digest)
+		}
 	}
 	s := t.steps[digest]
 	if s == nil {

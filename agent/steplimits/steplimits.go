@@ -7,6 +7,7 @@
 package steplimits
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -17,6 +18,9 @@ import (
 
 // Key names the front end's option and the entry of a description.
 const Key = "kiln.limits"
+
+// errShort is what is wrong with a time.
+var errShort = errors.New("want 1s or more")
 
 // field is a limit in a text.
 type field struct {
@@ -83,9 +87,9 @@ func set(l *policy.Limits, name, value string) error {
 			*p = v
 			return nil
 		}
-		return fmt.Errorf("is given twice")
+		return errors.New("is given twice")
 	}
-	return fmt.Errorf("is no limit")
+	return errors.New("is no limit")
 }
 
 func parse(name, value string) (int64, error) {
@@ -99,7 +103,7 @@ func parse(name, value string) (int64, error) {
 		v, err = strconv.ParseInt(value, 10, 64)
 	}
 	if err != nil || v <= 0 {
-		return 0, fmt.Errorf("want a value above 0")
+		return 0, errors.New("want a value above 0")
 	}
 	return v, nil
 }

@@ -13,6 +13,7 @@ import (
 	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/moby/buildkit/solver/pb"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
 
@@ -118,6 +119,9 @@ func (p *planner) dockerfileAttrs(d *agentv1.DockerfileStrategy) {
 	}
 	if n := p.spec.GetResources().GetCpuMillis(); n > 0 {
 		attrs["cpuperiod"], attrs["cpuquota"] = strconv.Itoa(cpuPeriod), strconv.FormatInt(cpuQuota(n), 10)
+	}
+	if l := steplimits.Encode(steplimits.Of(p.spec.GetResources())); l != "" {
+		attrs[steplimits.Key] = l
 	}
 	if p.spec.GetNoCache() {
 		attrs["no-cache"] = ""

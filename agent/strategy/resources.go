@@ -5,6 +5,7 @@ import (
 
 	"github.com/moby/buildkit/client/llb"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
 
@@ -19,10 +20,17 @@ func cpuQuota(millis int64) int64 {
 
 // stepResources limits a step. It is no part of what the step is: the cache knows the
 // step with all limits.
-func stepResources(r *agentv1.Resources) llb.RunOption {
+func stepResources(r *agentv1.Resources) []llb.RunOption {
+	var out []llb.RunOption
 	l := llb.LinuxResources{Memory: r.GetMemoryBytes()}
 	if n := r.GetCpuMillis(); n > 0 {
 		l.CPUPeriod, l.CPUQuota = cpuPeriod, cpuQuota(n)
 	}
-	return llb.WithLinuxResources(l)
+	if l != (llb.LinuxResources{}) {
+		out = append(out, llb.WithLinuxResources(l))
+	}
+	if text := steplimits.Encode(steplimits.Of(r)); text != "" {
+		out = append(out, llb.WithDescription(map[string]string{steplimits.Key: text}))
+	}
+	return out
 }

@@ -201,9 +201,7 @@ func (b *stepsBuild) step(ctx context.Context, i int, s *agentv1.BuilderStep, ws
 	if b.spec.GetNetwork() == agentv1.NetworkMode_NETWORK_MODE_NONE {
 		opts = append(opts, llb.Network(pb.NetMode_NONE))
 	}
-	if r := b.spec.GetResources(); r.GetMemoryBytes() > 0 || r.GetCpuMillis() > 0 {
-		opts = append(opts, stepResources(r))
-	}
+	opts = append(opts, stepResources(b.spec.GetResources())...)
 	if b.spec.GetNoCache() {
 		opts = append(opts, llb.IgnoreCache)
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/tonistiigi/go-csvvalue"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
 
@@ -136,16 +137,8 @@ func (v *validator) enums() {
 }
 
 func (v *validator) resources(field string, r *agentv1.Resources) {
-	for _, x := range []struct {
-		name  string
-		value int64
-	}{
-		{"cpu_millis", r.GetCpuMillis()}, {"memory_bytes", r.GetMemoryBytes()},
-		{"pids", r.GetPids()}, {"disk_bytes", r.GetDiskBytes()},
-	} {
-		if x.value < 0 {
-			v.add(field+"."+x.name, "is negative")
-		}
+	for _, p := range steplimits.Check(r) {
+		v.add(field+"."+p.Field, "%s", p.Err)
 	}
 	if m := r.GetMemoryBytes(); m > 0 && m < minMemory {
 		v.add(field+".memory_bytes", "is less than %d bytes, which no step can run in", minMemory)

@@ -11,6 +11,7 @@ import (
 	"github.com/kiln-build/kiln/agent/engine"
 	"github.com/kiln-build/kiln/agent/queue"
 	"github.com/kiln-build/kiln/agent/record"
+	"github.com/kiln-build/kiln/agent/steplimits"
 	"github.com/kiln-build/kiln/agent/upload"
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/policy"
@@ -28,7 +29,7 @@ func rules(cfg *config.Agent) agent.RulePolicy {
 		return agent.TenantRules{
 			Rules: []policy.Rules{{
 				Name: "agent-configuration", Classes: p.Sandboxes, DefaultClass: p.DefaultSandbox, Networks: networks, DefaultNetwork: p.Network,
-				Pull: p.Registries.Pull, Push: p.Registries.Push, Max: limits(p.MaxResources), MaxTimeout: p.MaxTimeout.Value(),
+				Pull: p.Registries.Pull, Push: p.Registries.Push, Frontends: p.Frontends, Mounts: p.Mounts, Max: limits(p.MaxResources), MaxTimeout: p.MaxTimeout.Value(),
 			}},
 			Defaults: limits(p.DefaultResources), Sandbox: sandbox.Class(p.DefaultSandbox), Network: p.Network, Timeout: p.DefaultTimeout.Value(),
 			NodeImages: p.NodeImages, MaxRunning: p.MaxRunning, MaxQueued: p.MaxQueued,
@@ -36,16 +37,14 @@ func rules(cfg *config.Agent) agent.RulePolicy {
 	}
 }
 
-func limits(r config.Resources) policy.Limits {
-	return policy.Limits{CPUMillis: r.CPU.Millis(), MemoryBytes: r.Memory.Bytes(0), PIDs: r.PIDs, DiskBytes: r.Disk.Bytes(0)}
-}
+func limits(r config.Resources) policy.Limits { return steplimits.FromSandbox(r.Limits()) }
 
-// mostOf returns the most that a step of a tenant may use, also one of BuildKit's clients,
+// stepRules returns what holds for the steps of a tenant, also those of BuildKit's clients,
 // which ask for what they like.
-func mostOf(cfg *config.Agent) func(engine.Domain) sandbox.Limits {
-	return func(d engine.Domain) sandbox.Limits {
-		most := limits(cfg.Policy(d.Tenant).MaxResources)
-		return sandbox.Limits{CPUMillis: most.CPUMillis, MemoryBytes: most.MemoryBytes, PIDs: most.PIDs}
+func stepRules(all agent.RulePolicy) func(engine.Domain) engine.StepRules {
+	return func(d engine.Domain) engine.StepRules {
+		t := all(d.Tenant)
+		return engine.StepRules{Rules: t.Rules, Defaults: t.Defaults}
 	}
 }
 

@@ -56,6 +56,8 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	}
 	down.add(tracing.stop)
 	registry := newRegistry(name)
+	metrics := agent.NewMetrics(registry)
+	steps := agent.NewSteps(metrics)
 	runtime, err := connectRuntime(ctx, cfg.NodeRuntime)
 	if err != nil {
 		return err
@@ -67,10 +69,16 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	cluster, stopFollowing, err := followPolicies(cfg)
+	if err != nil {
+		return err
+	}
+	down.add(stopFollowing)
+	policies := withCluster(rules(cfg), cluster)
 	disk := diskSize(cfg.Root)
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
 		Root: cfg.Root, RunscPath: runsc, Frontends: cfg.Frontends,
-		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch, Limits: mostOf(cfg),
+		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch, Rules: stepRules(policies), OnStep: nodeengine.Reporter(steps),
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)
@@ -78,16 +86,11 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	down.add(node.Close)
 	node.Warm(available(sandboxes)...)
 
-	cluster, stopFollowing, err := followPolicies(cfg)
-	if err != nil {
-		return err
-	}
-	down.add(stopFollowing)
 	agentCfg := agent.Config{
 		Root: cfg.Root, Node: name, Version: program.Version(), BuildKitVersion: program.ModuleVersion("github.com/moby/buildkit"),
-		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: withCluster(rules(cfg), cluster),
+		Sandboxes: constant(sandboxes), Engines: nodeengine.New(node), Policy: policies, Steps: steps,
 		Queue: queueLimits(cfg, disk), Records: recordLimits(cfg.Records), Uploads: uploadLimits(cfg, disk),
-		Metrics: agent.NewMetrics(registry), Tracer: tracing.provider, Logger: log,
+		Metrics: metrics, Tracer: tracing.provider, Logger: log,
 	}
 	if runtime != nil {
 		agentCfg.Images, agentCfg.NodeRuntime = runtime, describeRuntime(runtime, log)

@@ -99,7 +99,11 @@ func (e *Evaluator) request(ctx context.Context, b *v1alpha1.Build) (policy.Requ
 	if b.Spec.Timeout != nil {
 		req.Timeout = b.Spec.Timeout.Duration
 	}
+	if b.Spec.StepTimeout != nil {
+		req.Limits.StepTimeout = b.Spec.StepTimeout.Duration
+	}
 	req.Pull, req.Push = images(&b.Spec)
+	req.Frontends, req.Mounts = frontends(&b.Spec), mounts(&b.Spec)
 	return req, nil
 }
 

@@ -22,6 +22,8 @@ var reasons = map[agentv1.FailureReason]string{
 	agentv1.FailureReason_FAILURE_REASON_PUSH:          v1alpha1.ReasonPushFailed,
 	agentv1.FailureReason_FAILURE_REASON_DENIED:        v1alpha1.ReasonDenied,
 	agentv1.FailureReason_FAILURE_REASON_DISK_FULL:     v1alpha1.ReasonDiskFull,
+	agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT: v1alpha1.ReasonProcessLimit,
+	agentv1.FailureReason_FAILURE_REASON_DISK_LIMIT:    v1alpha1.ReasonDiskLimit,
 	agentv1.FailureReason_FAILURE_REASON_INTERRUPTED:   v1alpha1.ReasonNodeLost,
 	agentv1.FailureReason_FAILURE_REASON_CANCELLED:     v1alpha1.ReasonCancelled,
 	agentv1.FailureReason_FAILURE_REASON_INTERNAL:      v1alpha1.ReasonInternal,
@@ -67,6 +69,12 @@ func Step(s *agentv1.StepResult) v1alpha1.StepStatus {
 	if s.GetStartedAt().IsValid() && s.GetEndedAt().IsValid() {
 		ms := max(0, s.EndedAt.AsTime().Sub(s.StartedAt.AsTime()).Milliseconds())
 		out.DurationMilliseconds = &ms
+	}
+	if u := s.GetUsage(); u != nil {
+		out.Usage = &v1alpha1.StepUsage{CPUMilliseconds: u.GetCpu().AsDuration().Milliseconds(), PeakMemoryBytes: u.GetPeakMemoryBytes(), DiskBytes: u.GetDiskBytes()}
+		for _, l := range u.GetLimitsReached()[:min(len(u.GetLimitsReached()), 16)] {
+			out.Usage.LimitsReached = append(out.Usage.LimitsReached, Text(l, 32))
+		}
 	}
 	return out
 }

@@ -86,6 +86,9 @@ func durations(b *v1alpha1.Build) []namedDuration {
 	if t := b.Spec.Timeout; t != nil {
 		out = append(out, namedDuration{"spec.timeout", t.Duration})
 	}
+	if t := b.Spec.StepTimeout; t != nil {
+		out = append(out, namedDuration{"spec.stepTimeout", t.Duration})
+	}
 	if s := b.Spec.Strategy.Steps; s != nil {
 		for i, step := range s.Steps {
 			if step.Timeout != nil {
@@ -133,7 +136,7 @@ func Spec(b *v1alpha1.Build, in *inputs.Inputs, req policy.Request) (*agentv1.Bu
 	}
 	s := &agentv1.BuildSpec{
 		Source: source(b, in), Sandbox: class, Network: network,
-		Resources: &agentv1.Resources{CpuMillis: req.Limits.CPUMillis, MemoryBytes: req.Limits.MemoryBytes, Pids: req.Limits.PIDs, DiskBytes: req.Limits.DiskBytes},
+		Resources: resources(req.Limits),
 		Outputs:   outputs(b.Spec.Output), Platforms: b.Spec.Platforms, CacheScope: cacheScope(&b.Spec),
 		Attestations: b.Spec.Attestations, NoCache: b.Spec.NoCache, Pull: b.Spec.Pull,
 		Labels: map[string]string{LabelNamespace: b.Namespace, LabelName: b.Name, LabelUID: string(b.UID)},
@@ -156,6 +159,17 @@ func Spec(b *v1alpha1.Build, in *inputs.Inputs, req policy.Request) (*agentv1.Bu
 		s.Strategy = &agentv1.BuildSpec_Dockerfile{Dockerfile: dockerfile(b, in)}
 	}
 	return s, nil
+}
+
+func resources(l policy.Limits) *agentv1.Resources {
+	r := &agentv1.Resources{
+		CpuMillis: l.CPUMillis, MemoryBytes: l.MemoryBytes, Pids: l.PIDs, DiskBytes: l.DiskBytes, Inodes: l.Inodes,
+		OpenFiles: l.OpenFiles, LogBytes: l.LogBytes, LogRate: l.LogRate, ShmBytes: l.ShmBytes,
+	}
+	if l.StepTimeout > 0 {
+		r.StepTimeout = durationpb.New(l.StepTimeout)
+	}
+	return r
 }
 
 func source(b *v1alpha1.Build, in *inputs.Inputs) *agentv1.Source {

@@ -35,6 +35,12 @@ var (
 	reserved = []string{"/proc", "/sys", "/dev"}
 )
 
+// Rlimits lists the resource limits that a step may set for its processes.
+func Rlimits() []string { return slices.Clone(rlimits) }
+
+// AllowsRlimit tells whether a step may set a resource limit, such as "nofile".
+func AllowsRlimit(name string) bool { return slices.Contains(rlimits, strings.ToLower(name)) }
+
 // MountType is the type of a mount and the field of the request that asks for it.
 type MountType struct {
 	Field string
@@ -135,7 +141,7 @@ func checkEvery(deny denyFunc, s Step) {
 		deny("step.network", "network-mode", "proxy network is refused: a step's network is its own")
 	}
 	for _, r := range s.Rlimits {
-		if !slices.Contains(rlimits, strings.ToLower(r)) {
+		if !AllowsRlimit(r) {
 			deny("step.ulimits", "ulimits", "ulimit %q is refused: a step may set %s", r, strings.Join(rlimits, ", "))
 		}
 	}

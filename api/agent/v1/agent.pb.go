@@ -138,6 +138,10 @@ const (
 	FailureReason_FAILURE_REASON_CANCELLED FailureReason = 11
 	// The fault is kiln's or the node's.
 	FailureReason_FAILURE_REASON_INTERNAL FailureReason = 12
+	// A step could not start one more process or thread, by its limit.
+	FailureReason_FAILURE_REASON_PROCESS_LIMIT FailureReason = 13
+	// A step wrote more bytes or files than its limit.
+	FailureReason_FAILURE_REASON_DISK_LIMIT FailureReason = 14
 )
 
 // Enum value maps for FailureReason.
@@ -156,6 +160,8 @@ var (
 		10: "FAILURE_REASON_INTERRUPTED",
 		11: "FAILURE_REASON_CANCELLED",
 		12: "FAILURE_REASON_INTERNAL",
+		13: "FAILURE_REASON_PROCESS_LIMIT",
+		14: "FAILURE_REASON_DISK_LIMIT",
 	}
 	FailureReason_value = map[string]int32{
 		"FAILURE_REASON_UNSPECIFIED":   0,
@@ -171,6 +177,8 @@ var (
 		"FAILURE_REASON_INTERRUPTED":   10,
 		"FAILURE_REASON_CANCELLED":     11,
 		"FAILURE_REASON_INTERNAL":      12,
+		"FAILURE_REASON_PROCESS_LIMIT": 13,
+		"FAILURE_REASON_DISK_LIMIT":    14,
 	}
 )
 
@@ -2241,7 +2249,10 @@ type StepResult struct {
 	// Whether its result was there already.
 	Cached bool `protobuf:"varint,5,opt,name=cached,proto3" json:"cached,omitempty"`
 	// Why it failed; empty: it did not.
-	Error         string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	// What its process used; unset while it runs, when its result was there already, and
+	// of steps without a process.
+	Usage         *StepUsage `protobuf:"bytes,7,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2318,6 +2329,130 @@ func (x *StepResult) GetError() string {
 	return ""
 }
 
+func (x *StepResult) GetUsage() *StepUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+// StepUsage is what the processes of a step used of the node, its sandbox with them. A
+// step that several builds waited for has run once, and has the same usage in each.
+type StepUsage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// CPU time.
+	Cpu *durationpb.Duration `protobuf:"bytes,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	// How long the CPU limit made it wait.
+	Throttled *durationpb.Duration `protobuf:"bytes,2,opt,name=throttled,proto3" json:"throttled,omitempty"`
+	// The most memory at a time, in bytes; 0: unknown.
+	PeakMemoryBytes int64 `protobuf:"varint,3,opt,name=peak_memory_bytes,json=peakMemoryBytes,proto3" json:"peak_memory_bytes,omitempty"`
+	// Bytes, and files and directories, that it left on disk; 0 when they were not counted.
+	DiskBytes int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	Inodes    int64 `protobuf:"varint,5,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// Bytes read from and written to disks, as far as the kernel knows.
+	IoReadBytes  int64 `protobuf:"varint,6,opt,name=io_read_bytes,json=ioReadBytes,proto3" json:"io_read_bytes,omitempty"`
+	IoWriteBytes int64 `protobuf:"varint,7,opt,name=io_write_bytes,json=ioWriteBytes,proto3" json:"io_write_bytes,omitempty"`
+	// Bytes of output, with those that were dropped.
+	LogBytes int64 `protobuf:"varint,8,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	// Limits that it ran into: "memory", "pids", "timeout", "disk", "inodes", "log".
+	LimitsReached []string `protobuf:"bytes,9,rep,name=limits_reached,json=limitsReached,proto3" json:"limits_reached,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StepUsage) Reset() {
+	*x = StepUsage{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StepUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StepUsage) ProtoMessage() {}
+
+func (x *StepUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StepUsage.ProtoReflect.Descriptor instead.
+func (*StepUsage) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *StepUsage) GetCpu() *durationpb.Duration {
+	if x != nil {
+		return x.Cpu
+	}
+	return nil
+}
+
+func (x *StepUsage) GetThrottled() *durationpb.Duration {
+	if x != nil {
+		return x.Throttled
+	}
+	return nil
+}
+
+func (x *StepUsage) GetPeakMemoryBytes() int64 {
+	if x != nil {
+		return x.PeakMemoryBytes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetDiskBytes() int64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetInodes() int64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetIoReadBytes() int64 {
+	if x != nil {
+		return x.IoReadBytes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetIoWriteBytes() int64 {
+	if x != nil {
+		return x.IoWriteBytes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetLogBytes() int64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
+func (x *StepUsage) GetLimitsReached() []string {
+	if x != nil {
+		return x.LimitsReached
+	}
+	return nil
+}
+
 // Event is something that happened to a build.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2342,7 +2477,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2354,7 +2489,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2367,7 +2502,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Event) GetOffset() uint64 {
@@ -2506,7 +2641,7 @@ type StatusEvent struct {
 
 func (x *StatusEvent) Reset() {
 	*x = StatusEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2518,7 +2653,7 @@ func (x *StatusEvent) String() string {
 func (*StatusEvent) ProtoMessage() {}
 
 func (x *StatusEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2531,7 +2666,7 @@ func (x *StatusEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusEvent.ProtoReflect.Descriptor instead.
 func (*StatusEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatusEvent) GetState() BuildState {
@@ -2570,7 +2705,7 @@ type StepEvent struct {
 
 func (x *StepEvent) Reset() {
 	*x = StepEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2582,7 +2717,7 @@ func (x *StepEvent) String() string {
 func (*StepEvent) ProtoMessage() {}
 
 func (x *StepEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2595,7 +2730,7 @@ func (x *StepEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepEvent.ProtoReflect.Descriptor instead.
 func (*StepEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StepEvent) GetStep() *StepResult {
@@ -2634,7 +2769,7 @@ type LogEvent struct {
 
 func (x *LogEvent) Reset() {
 	*x = LogEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +2781,7 @@ func (x *LogEvent) String() string {
 func (*LogEvent) ProtoMessage() {}
 
 func (x *LogEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +2794,7 @@ func (x *LogEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEvent.ProtoReflect.Descriptor instead.
 func (*LogEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LogEvent) GetStep() string {
@@ -2702,7 +2837,7 @@ type WarningEvent struct {
 
 func (x *WarningEvent) Reset() {
 	*x = WarningEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +2849,7 @@ func (x *WarningEvent) String() string {
 func (*WarningEvent) ProtoMessage() {}
 
 func (x *WarningEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +2862,7 @@ func (x *WarningEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarningEvent.ProtoReflect.Descriptor instead.
 func (*WarningEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *WarningEvent) GetStep() string {
@@ -2789,7 +2924,7 @@ type ProgressEvent struct {
 
 func (x *ProgressEvent) Reset() {
 	*x = ProgressEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +2936,7 @@ func (x *ProgressEvent) String() string {
 func (*ProgressEvent) ProtoMessage() {}
 
 func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +2949,7 @@ func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressEvent.ProtoReflect.Descriptor instead.
 func (*ProgressEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ProgressEvent) GetStep() string {
@@ -3014,7 +3149,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1d\n" +
 	"\n" +
 	"start_line\x18\x02 \x01(\x05R\tstartLine\x12\x19\n" +
-	"\bend_line\x18\x03 \x01(\x05R\aendLine\"\xd8\x01\n" +
+	"\bend_line\x18\x03 \x01(\x05R\aendLine\"\x88\x02\n" +
 	"\n" +
 	"StepResult\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
@@ -3023,7 +3158,19 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
 	"\bended_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x16\n" +
 	"\x06cached\x18\x05 \x01(\bR\x06cached\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error\"\x95\x03\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x12.\n" +
+	"\x05usage\x18\a \x01(\v2\x18.kiln.agent.v1.StepUsageR\x05usage\"\xe2\x02\n" +
+	"\tStepUsage\x12+\n" +
+	"\x03cpu\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03cpu\x127\n" +
+	"\tthrottled\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tthrottled\x12*\n" +
+	"\x11peak_memory_bytes\x18\x03 \x01(\x03R\x0fpeakMemoryBytes\x12\x1d\n" +
+	"\n" +
+	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12\x16\n" +
+	"\x06inodes\x18\x05 \x01(\x03R\x06inodes\x12\"\n" +
+	"\rio_read_bytes\x18\x06 \x01(\x03R\vioReadBytes\x12$\n" +
+	"\x0eio_write_bytes\x18\a \x01(\x03R\fioWriteBytes\x12\x1b\n" +
+	"\tlog_bytes\x18\b \x01(\x03R\blogBytes\x12%\n" +
+	"\x0elimits_reached\x18\t \x03(\tR\rlimitsReached\"\x95\x03\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x04R\x06offset\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
@@ -3069,7 +3216,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x15BUILD_STATE_SUCCEEDED\x10\x03\x12\x16\n" +
 	"\x12BUILD_STATE_FAILED\x10\x04\x12\x19\n" +
 	"\x15BUILD_STATE_CANCELLED\x10\x05\x12\x1b\n" +
-	"\x17BUILD_STATE_INTERRUPTED\x10\x06*\x90\x03\n" +
+	"\x17BUILD_STATE_INTERRUPTED\x10\x06*\xd1\x03\n" +
 	"\rFailureReason\x12\x1e\n" +
 	"\x1aFAILURE_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aFAILURE_REASON_STEP_FAILED\x10\x01\x12 \n" +
@@ -3084,7 +3231,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x1aFAILURE_REASON_INTERRUPTED\x10\n" +
 	"\x12\x1c\n" +
 	"\x18FAILURE_REASON_CANCELLED\x10\v\x12\x1b\n" +
-	"\x17FAILURE_REASON_INTERNAL\x10\f*U\n" +
+	"\x17FAILURE_REASON_INTERNAL\x10\f\x12 \n" +
+	"\x1cFAILURE_REASON_PROCESS_LIMIT\x10\r\x12\x1d\n" +
+	"\x19FAILURE_REASON_DISK_LIMIT\x10\x0e*U\n" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
@@ -3117,7 +3266,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(BuildState)(0),               // 0: kiln.agent.v1.BuildState
 	(FailureReason)(0),            // 1: kiln.agent.v1.FailureReason
@@ -3151,92 +3300,96 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Failure)(nil),               // 29: kiln.agent.v1.Failure
 	(*SourceLocation)(nil),        // 30: kiln.agent.v1.SourceLocation
 	(*StepResult)(nil),            // 31: kiln.agent.v1.StepResult
-	(*Event)(nil),                 // 32: kiln.agent.v1.Event
-	(*StatusEvent)(nil),           // 33: kiln.agent.v1.StatusEvent
-	(*StepEvent)(nil),             // 34: kiln.agent.v1.StepEvent
-	(*LogEvent)(nil),              // 35: kiln.agent.v1.LogEvent
-	(*WarningEvent)(nil),          // 36: kiln.agent.v1.WarningEvent
-	(*ProgressEvent)(nil),         // 37: kiln.agent.v1.ProgressEvent
-	nil,                           // 38: kiln.agent.v1.ListBuildsRequest.LabelsEntry
-	(*BuildSpec)(nil),             // 39: kiln.agent.v1.BuildSpec
-	(*Credentials)(nil),           // 40: kiln.agent.v1.Credentials
-	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
-	(SandboxClass)(0),             // 42: kiln.agent.v1.SandboxClass
-	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
+	(*StepUsage)(nil),             // 32: kiln.agent.v1.StepUsage
+	(*Event)(nil),                 // 33: kiln.agent.v1.Event
+	(*StatusEvent)(nil),           // 34: kiln.agent.v1.StatusEvent
+	(*StepEvent)(nil),             // 35: kiln.agent.v1.StepEvent
+	(*LogEvent)(nil),              // 36: kiln.agent.v1.LogEvent
+	(*WarningEvent)(nil),          // 37: kiln.agent.v1.WarningEvent
+	(*ProgressEvent)(nil),         // 38: kiln.agent.v1.ProgressEvent
+	nil,                           // 39: kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	(*BuildSpec)(nil),             // 40: kiln.agent.v1.BuildSpec
+	(*Credentials)(nil),           // 41: kiln.agent.v1.Credentials
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(SandboxClass)(0),             // 43: kiln.agent.v1.SandboxClass
+	(*durationpb.Duration)(nil),   // 44: google.protobuf.Duration
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
-	39, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	40, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
+	40, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	41, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
 	27, // 2: kiln.agent.v1.StartBuildResponse.build:type_name -> kiln.agent.v1.Build
-	32, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
+	33, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
 	27, // 4: kiln.agent.v1.CancelBuildResponse.build:type_name -> kiln.agent.v1.Build
 	27, // 5: kiln.agent.v1.GetBuildResponse.build:type_name -> kiln.agent.v1.Build
 	0,  // 6: kiln.agent.v1.ListBuildsRequest.states:type_name -> kiln.agent.v1.BuildState
-	38, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	39, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
 	27, // 8: kiln.agent.v1.ListBuildsResponse.builds:type_name -> kiln.agent.v1.Build
 	14, // 9: kiln.agent.v1.UploadSourceRequest.header:type_name -> kiln.agent.v1.UploadHeader
-	41, // 10: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
-	39, // 11: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	41, // 12: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
+	42, // 10: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
+	40, // 11: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	42, // 12: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
 	20, // 13: kiln.agent.v1.GetInfoResponse.sandboxes:type_name -> kiln.agent.v1.SandboxInfo
 	21, // 14: kiln.agent.v1.GetInfoResponse.node_runtime:type_name -> kiln.agent.v1.NodeRuntime
-	41, // 15: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
-	42, // 16: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
+	42, // 15: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
+	43, // 16: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
 	24, // 17: kiln.agent.v1.DiskUsageResponse.caches:type_name -> kiln.agent.v1.CacheUsage
-	42, // 18: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
-	43, // 19: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
-	39, // 20: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
+	43, // 18: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	44, // 19: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
+	40, // 20: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
 	0,  // 21: kiln.agent.v1.Build.state:type_name -> kiln.agent.v1.BuildState
-	41, // 22: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
-	41, // 23: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
-	41, // 24: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
+	42, // 22: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
+	42, // 23: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
+	42, // 24: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
 	28, // 25: kiln.agent.v1.Build.result:type_name -> kiln.agent.v1.BuildResult
-	42, // 26: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	43, // 26: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
 	0,  // 27: kiln.agent.v1.BuildResult.state:type_name -> kiln.agent.v1.BuildState
 	29, // 28: kiln.agent.v1.BuildResult.failure:type_name -> kiln.agent.v1.Failure
 	31, // 29: kiln.agent.v1.BuildResult.steps:type_name -> kiln.agent.v1.StepResult
 	1,  // 30: kiln.agent.v1.Failure.reason:type_name -> kiln.agent.v1.FailureReason
 	30, // 31: kiln.agent.v1.Failure.location:type_name -> kiln.agent.v1.SourceLocation
-	41, // 32: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
-	41, // 33: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
-	41, // 34: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	33, // 35: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
-	34, // 36: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
-	35, // 37: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
-	36, // 38: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
-	28, // 39: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
-	37, // 40: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
-	0,  // 41: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
-	31, // 42: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
-	2,  // 43: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
-	30, // 44: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
-	41, // 45: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
-	41, // 46: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
-	3,  // 47: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
-	5,  // 48: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
-	7,  // 49: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
-	9,  // 50: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
-	11, // 51: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
-	13, // 52: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
-	16, // 53: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
-	18, // 54: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
-	22, // 55: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
-	25, // 56: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
-	4,  // 57: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
-	6,  // 58: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
-	8,  // 59: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
-	10, // 60: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
-	12, // 61: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
-	15, // 62: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
-	17, // 63: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
-	19, // 64: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
-	23, // 65: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
-	26, // 66: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
-	57, // [57:67] is the sub-list for method output_type
-	47, // [47:57] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	42, // 32: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
+	42, // 33: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
+	32, // 34: kiln.agent.v1.StepResult.usage:type_name -> kiln.agent.v1.StepUsage
+	44, // 35: kiln.agent.v1.StepUsage.cpu:type_name -> google.protobuf.Duration
+	44, // 36: kiln.agent.v1.StepUsage.throttled:type_name -> google.protobuf.Duration
+	42, // 37: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	34, // 38: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
+	35, // 39: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
+	36, // 40: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
+	37, // 41: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
+	28, // 42: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
+	38, // 43: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
+	0,  // 44: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
+	31, // 45: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
+	2,  // 46: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
+	30, // 47: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
+	42, // 48: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
+	42, // 49: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
+	3,  // 50: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
+	5,  // 51: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
+	7,  // 52: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
+	9,  // 53: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
+	11, // 54: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
+	13, // 55: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
+	16, // 56: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
+	18, // 57: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
+	22, // 58: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
+	25, // 59: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
+	4,  // 60: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
+	6,  // 61: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
+	8,  // 62: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
+	10, // 63: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
+	12, // 64: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
+	15, // 65: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
+	17, // 66: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
+	19, // 67: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
+	23, // 68: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
+	26, // 69: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
+	60, // [60:70] is the sub-list for method output_type
+	50, // [50:60] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3249,7 +3402,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*UploadSourceRequest_Header)(nil),
 		(*UploadSourceRequest_Data)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[29].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[30].OneofWrappers = []any{
 		(*Event_Status)(nil),
 		(*Event_Step)(nil),
 		(*Event_Log)(nil),
@@ -3263,7 +3416,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   36,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

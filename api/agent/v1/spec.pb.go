@@ -1531,8 +1531,20 @@ type Resources struct {
 	MemoryBytes int64 `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	// Processes and threads; 0: the agent's default.
 	Pids int64 `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
-	// Bytes that the build may write; 0: no limit but policy's.
-	DiskBytes     int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Bytes that a step may write; 0: no limit but policy's.
+	DiskBytes int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Files and directories that a step may make; 0: no limit but policy's.
+	Inodes int64 `protobuf:"varint,5,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// Files that each process of a step may have open; 0: the agent's default.
+	OpenFiles int64 `protobuf:"varint,6,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
+	// Bytes of a step's output that are kept, and bytes a second; 0: the agent's
+	// default. What is over is dropped, and the step goes on.
+	LogBytes int64 `protobuf:"varint,7,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	LogRate  int64 `protobuf:"varint,8,opt,name=log_rate,json=logRate,proto3" json:"log_rate,omitempty"`
+	// Size of a step's /dev/shm in bytes; 0: the agent's default.
+	ShmBytes int64 `protobuf:"varint,9,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	// How long a step may run; unset: as long as the build.
+	StepTimeout   *durationpb.Duration `protobuf:"bytes,10,opt,name=step_timeout,json=stepTimeout,proto3" json:"step_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1593,6 +1605,48 @@ func (x *Resources) GetDiskBytes() int64 {
 		return x.DiskBytes
 	}
 	return 0
+}
+
+func (x *Resources) GetInodes() int64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *Resources) GetOpenFiles() int64 {
+	if x != nil {
+		return x.OpenFiles
+	}
+	return 0
+}
+
+func (x *Resources) GetLogBytes() int64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetLogRate() int64 {
+	if x != nil {
+		return x.LogRate
+	}
+	return 0
+}
+
+func (x *Resources) GetShmBytes() int64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetStepTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.StepTimeout
+	}
+	return nil
 }
 
 // Output is a place where the result goes.
@@ -2216,14 +2270,22 @@ const file_api_agent_v1_spec_proto_rawDesc = "" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x14\n" +
 	"\x05chown\x18\x03 \x01(\tR\x05chown\"\x1b\n" +
 	"\tSecretRef\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x80\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xca\x02\n" +
 	"\tResources\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x03R\tcpuMillis\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x12\n" +
 	"\x04pids\x18\x03 \x01(\x03R\x04pids\x12\x1d\n" +
 	"\n" +
-	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\"|\n" +
+	"disk_bytes\x18\x04 \x01(\x03R\tdiskBytes\x12\x16\n" +
+	"\x06inodes\x18\x05 \x01(\x03R\x06inodes\x12\x1d\n" +
+	"\n" +
+	"open_files\x18\x06 \x01(\x03R\topenFiles\x12\x1b\n" +
+	"\tlog_bytes\x18\a \x01(\x03R\blogBytes\x12\x19\n" +
+	"\blog_rate\x18\b \x01(\x03R\alogRate\x12\x1b\n" +
+	"\tshm_bytes\x18\t \x01(\x03R\bshmBytes\x12<\n" +
+	"\fstep_timeout\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\vstepTimeout\"|\n" +
 	"\x06Output\x12;\n" +
 	"\bregistry\x18\x01 \x01(\v2\x1d.kiln.agent.v1.RegistryOutputH\x00R\bregistry\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x19.kiln.agent.v1.NodeOutputH\x00R\x04nodeB\x04\n" +
@@ -2375,20 +2437,21 @@ var file_api_agent_v1_spec_proto_depIdxs = []int32{
 	17, // 31: kiln.agent.v1.StepsImage.copies:type_name -> kiln.agent.v1.WorkspaceCopy
 	35, // 32: kiln.agent.v1.StepsImage.env:type_name -> kiln.agent.v1.StepsImage.EnvEntry
 	36, // 33: kiln.agent.v1.StepsImage.labels:type_name -> kiln.agent.v1.StepsImage.LabelsEntry
-	21, // 34: kiln.agent.v1.Output.registry:type_name -> kiln.agent.v1.RegistryOutput
-	22, // 35: kiln.agent.v1.Output.node:type_name -> kiln.agent.v1.NodeOutput
-	37, // 36: kiln.agent.v1.RegistryOutput.annotations:type_name -> kiln.agent.v1.RegistryOutput.AnnotationsEntry
-	38, // 37: kiln.agent.v1.CacheRef.attributes:type_name -> kiln.agent.v1.CacheRef.AttributesEntry
-	39, // 38: kiln.agent.v1.Credentials.secrets:type_name -> kiln.agent.v1.Credentials.SecretsEntry
-	40, // 39: kiln.agent.v1.Credentials.registries:type_name -> kiln.agent.v1.Credentials.RegistriesEntry
-	41, // 40: kiln.agent.v1.Credentials.git:type_name -> kiln.agent.v1.Credentials.GitEntry
-	25, // 41: kiln.agent.v1.Credentials.RegistriesEntry.value:type_name -> kiln.agent.v1.RegistryCredential
-	26, // 42: kiln.agent.v1.Credentials.GitEntry.value:type_name -> kiln.agent.v1.GitCredential
-	43, // [43:43] is the sub-list for method output_type
-	43, // [43:43] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	42, // 34: kiln.agent.v1.Resources.step_timeout:type_name -> google.protobuf.Duration
+	21, // 35: kiln.agent.v1.Output.registry:type_name -> kiln.agent.v1.RegistryOutput
+	22, // 36: kiln.agent.v1.Output.node:type_name -> kiln.agent.v1.NodeOutput
+	37, // 37: kiln.agent.v1.RegistryOutput.annotations:type_name -> kiln.agent.v1.RegistryOutput.AnnotationsEntry
+	38, // 38: kiln.agent.v1.CacheRef.attributes:type_name -> kiln.agent.v1.CacheRef.AttributesEntry
+	39, // 39: kiln.agent.v1.Credentials.secrets:type_name -> kiln.agent.v1.Credentials.SecretsEntry
+	40, // 40: kiln.agent.v1.Credentials.registries:type_name -> kiln.agent.v1.Credentials.RegistriesEntry
+	41, // 41: kiln.agent.v1.Credentials.git:type_name -> kiln.agent.v1.Credentials.GitEntry
+	25, // 42: kiln.agent.v1.Credentials.RegistriesEntry.value:type_name -> kiln.agent.v1.RegistryCredential
+	26, // 43: kiln.agent.v1.Credentials.GitEntry.value:type_name -> kiln.agent.v1.GitCredential
+	44, // [44:44] is the sub-list for method output_type
+	44, // [44:44] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_spec_proto_init() }

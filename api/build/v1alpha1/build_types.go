@@ -55,6 +55,7 @@ type BuildList struct {
 // +kubebuilder:validation:XValidation:rule="has(self.network) == has(oldSelf.network) && (!has(self.network) || self.network == oldSelf.network)",message="network cannot change",fieldPath=.network
 // +kubebuilder:validation:XValidation:rule="has(self.resources) == has(oldSelf.resources) && (!has(self.resources) || self.resources == oldSelf.resources)",message="resources cannot change",fieldPath=.resources
 // +kubebuilder:validation:XValidation:rule="has(self.timeout) == has(oldSelf.timeout) && (!has(self.timeout) || self.timeout == oldSelf.timeout)",message="timeout cannot change",fieldPath=.timeout
+// +kubebuilder:validation:XValidation:rule="has(self.stepTimeout) == has(oldSelf.stepTimeout) && (!has(self.stepTimeout) || self.stepTimeout == oldSelf.stepTimeout)",message="stepTimeout cannot change",fieldPath=.stepTimeout
 // +kubebuilder:validation:XValidation:rule="has(self.nodeSelector) == has(oldSelf.nodeSelector) && (!has(self.nodeSelector) || self.nodeSelector == oldSelf.nodeSelector)",message="nodeSelector cannot change",fieldPath=.nodeSelector
 // +kubebuilder:validation:XValidation:rule="has(self.tolerations) == has(oldSelf.tolerations) && (!has(self.tolerations) || self.tolerations == oldSelf.tolerations)",message="tolerations cannot change",fieldPath=.tolerations
 // +kubebuilder:validation:XValidation:rule="self.serviceAccountName == oldSelf.serviceAccountName",message="serviceAccountName cannot change",fieldPath=.serviceAccountName
@@ -121,6 +122,10 @@ type BuildSpec struct {
 	// +optional
 	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1s')",message="timeout must be at least 1s"
 	Timeout *metav1.Duration `json:"timeout,omitempty"`
+	// How long each step may run. Unset: as long as the build.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1s')",message="stepTimeout must be at least 1s"
+	StepTimeout *metav1.Duration `json:"stepTimeout,omitempty"`
 	// When the Build object is deleted after it has ended. Unset: never.
 	// +optional
 	Retention *Retention `json:"retention,omitempty"`
@@ -266,16 +271,32 @@ type BuildSecret struct {
 
 // Resources are limits in Kubernetes' units.
 type Resources struct {
-	// cpu, memory, ephemeral-storage (bytes that the build may write) and
-	// kiln.build/pids (processes and threads).
+	// Of each step: cpu, memory, ephemeral-storage (bytes that it may write),
+	// kiln.build/pids (processes and threads), kiln.build/inodes (files that it may make),
+	// kiln.build/open-files (of a process), kiln.build/log-bytes and kiln.build/log-rate
+	// (bytes of output that are kept, and bytes a second), and kiln.build/shm (bytes of
+	// /dev/shm).
 	// +optional
-	// +kubebuilder:validation:MaxProperties=4
-	// +kubebuilder:validation:XValidation:rule="self.all(k, k in ['cpu', 'memory', 'ephemeral-storage', 'kiln.build/pids'])",message="limits are cpu, memory, ephemeral-storage and kiln.build/pids"
+	// +kubebuilder:validation:MaxProperties=9
+	// +kubebuilder:validation:XValidation:rule="self.all(k, k in ['cpu', 'memory', 'ephemeral-storage', 'kiln.build/pids', 'kiln.build/inodes', 'kiln.build/open-files', 'kiln.build/log-bytes', 'kiln.build/log-rate', 'kiln.build/shm'])",message="limits are cpu, memory, ephemeral-storage, kiln.build/pids, kiln.build/inodes, kiln.build/open-files, kiln.build/log-bytes, kiln.build/log-rate and kiln.build/shm"
 	Limits corev1.ResourceList `json:"limits,omitempty"`
 }
 
-// ResourcePIDs is the limit of processes and threads in Resources.
-const ResourcePIDs corev1.ResourceName = "kiln.build/pids"
+// Limits in Resources that only kiln has.
+const (
+	// ResourcePIDs is processes and threads.
+	ResourcePIDs corev1.ResourceName = "kiln.build/pids"
+	// ResourceInodes is files and directories that a step may make.
+	ResourceInodes corev1.ResourceName = "kiln.build/inodes"
+	// ResourceOpenFiles is files that a process may have open.
+	ResourceOpenFiles corev1.ResourceName = "kiln.build/open-files"
+	// ResourceLogBytes is bytes of output that are kept.
+	ResourceLogBytes corev1.ResourceName = "kiln.build/log-bytes"
+	// ResourceLogRate is bytes of output a second that are kept.
+	ResourceLogRate corev1.ResourceName = "kiln.build/log-rate"
+	// ResourceShm is the size of /dev/shm in bytes.
+	ResourceShm corev1.ResourceName = "kiln.build/shm"
+)
 
 // Retention says when a Build object is deleted after it has ended.
 type Retention struct {

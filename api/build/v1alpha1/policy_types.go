@@ -66,6 +66,17 @@ type SandboxPolicySpec struct {
 	// +optional
 	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1s')",message="maxTimeout must be at least 1s"
 	MaxTimeout *metav1.Duration `json:"maxTimeout,omitempty"`
+	// The longest time that a build may ask for its steps. A build that names none gets
+	// this one.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1s')",message="maxStepTimeout must be at least 1s"
+	MaxStepTimeout *metav1.Duration `json:"maxStepTimeout,omitempty"`
+	// Dockerfile front ends.
+	// +optional
+	Frontends *FrontendRules `json:"frontends,omitempty"`
+	// Mounts of steps.
+	// +optional
+	Mounts *MountRules `json:"mounts,omitempty"`
 }
 
 // SandboxClass is a class of sandbox.
@@ -127,4 +138,34 @@ type RegistryRules struct {
 	// +kubebuilder:validation:items:MaxLength=512
 	// +kubebuilder:validation:items:MinLength=1
 	Push []string `json:"push,omitempty"`
+}
+
+// FrontendRules are rules about what reads a build's definition. They allow nothing that
+// the agent's configuration, which lists front ends by digest, does not.
+type FrontendRules struct {
+	// "builtin", which is the Dockerfile front end that is part of kiln, and patterns of
+	// images of front ends, written as in registries. Unset: all.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MaxLength=512
+	// +kubebuilder:validation:items:MinLength=1
+	Allowed []string `json:"allowed,omitempty"`
+}
+
+// MountType is a type of mount of a step, besides content of the build itself.
+//
+// +kubebuilder:validation:Enum=Cache;Secret;SSH;Tmpfs
+type MountType string
+
+// MountRules are rules about mounts of steps.
+type MountRules struct {
+	// Types of mounts that steps may have. Unset: all. Content of the build (RUN
+	// --mount=type=bind) is always allowed.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=4
+	Allowed []MountType `json:"allowed,omitempty"`
 }

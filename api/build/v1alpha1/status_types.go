@@ -39,6 +39,10 @@ const (
 	ReasonStepFailed = "StepFailed"
 	// ReasonOutOfMemory: a step used more memory than its limit.
 	ReasonOutOfMemory = "OutOfMemory"
+	// ReasonProcessLimit: a step could not start one more process or thread, by its limit.
+	ReasonProcessLimit = "ProcessLimit"
+	// ReasonDiskLimit: a step wrote more bytes or files than its limit.
+	ReasonDiskLimit = "DiskLimit"
 	// ReasonTimeout: the build or a step took longer than its limit.
 	ReasonTimeout = "Timeout"
 	// ReasonInvalidInput: the spec, the Dockerfile or another input is wrong.
@@ -195,6 +199,27 @@ type StepStatus struct {
 	// Why it failed.
 	// +optional
 	Error string `json:"error,omitempty"`
+	// What its process used; unset without a process, and when the result was there already.
+	// +optional
+	Usage *StepUsage `json:"usage,omitempty"`
+}
+
+// StepUsage is what the processes of a step used of the node.
+type StepUsage struct {
+	// CPU time in milliseconds.
+	// +optional
+	CPUMilliseconds int64 `json:"cpuMilliseconds,omitempty"`
+	// The most memory at a time, in bytes.
+	// +optional
+	PeakMemoryBytes int64 `json:"peakMemoryBytes,omitempty"`
+	// Bytes that it left on disk.
+	// +optional
+	DiskBytes int64 `json:"diskBytes,omitempty"`
+	// Limits that it ran into: memory, pids, timeout, disk, inodes, log.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=16
+	LimitsReached []string `json:"limitsReached,omitempty"`
 }
 
 // FailureDetails tells what went wrong.

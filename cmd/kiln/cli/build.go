@@ -62,6 +62,7 @@ func (a *App) buildCommand() *cobra.Command {
 	fs.StringVar(&f.call, "call", "build", "What to do: build, check, outline or targets; [,format=json][,ignorestatus=true]")
 	fs.BoolVar(&f.check, "check", false, "Shorthand for --call check: check the Dockerfile and build nothing")
 	fs.StringVar(&f.CPUs, "cpus", "", "Limit of CPUs of every step, such as 1.5")
+	fs.StringVar(&f.Disk, "disk", "", "Limit of what every step may write, such as 10g; a step that writes more fails")
 	fs.StringVarP(&f.Dockerfile, "file", "f", "", "Dockerfile, its URL, or - for stdin (default PATH/Dockerfile)")
 	list(&f.frontends, "frontend", "", "Image NAME@sha256:DIGEST of a front end that the Dockerfile's syntax line may name; it runs in a sandbox")
 	fs.StringVar(&f.ImageIDFile, "iidfile", "", "Write the image ID to this file")
@@ -73,6 +74,7 @@ func (a *App) buildCommand() *cobra.Command {
 	fs.BoolVar(&f.NoCache, "no-cache", false, "Run every step again")
 	list(&f.NoCacheFilter, "no-cache-filter", "", "Run the steps of this stage again")
 	list(&f.Outputs, "output", "o", "Output: DIR, -, or type=image|registry|oci|docker|local|tar|cacheonly[,dest=PATH][,KEY=VALUE]")
+	fs.StringVar(&f.PIDsLimit, "pids-limit", "", "Limit of processes and threads of every step")
 	list(&f.Platforms, "platform", "", "Platforms to build for, such as linux/amd64,linux/arm64")
 	fs.StringVar(&f.progress, "progress", "auto", "Progress: auto, tty, plain, rawjson, quiet or none")
 	fs.StringVar(&f.Provenance, "provenance", "", "Shorthand for --attest type=provenance: true, false or mode=max")
@@ -82,10 +84,11 @@ func (a *App) buildCommand() *cobra.Command {
 	fs.StringVar(&f.SBOM, "sbom", "", "Shorthand for --attest type=sbom: true, false or generator=IMAGE")
 	list(&f.Secrets, "secret", "", "Secret for the steps: id=ID[,src=FILE][,env=VARIABLE]")
 	fs.StringVar(&f.ShmSize, "shm-size", "", "Size of /dev/shm in the steps, such as 64m")
+	fs.StringVar(&f.StepTimeout, "step-timeout", "", "How long every step may run, such as 10m; a step that takes longer fails")
 	list(&f.SSH, "ssh", "", "SSH agent or keys for the steps: default or ID[=SOCKET|KEY[,KEY]]")
 	list(&f.Tags, "tag", "t", "Name of the image: [REGISTRY/]NAME[:TAG]")
 	fs.StringVar(&f.Target, "target", "", "Build this stage")
-	list(&f.Ulimits, "ulimit", "", "Limit of the steps: TYPE=SOFT[:HARD]")
+	list(&f.Ulimits, "ulimit", "", "Limit of every process of the steps: TYPE=SOFT[:HARD], such as nofile=1024:4096")
 	f.target.flags(fs)
 	return cmd
 }

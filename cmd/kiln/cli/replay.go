@@ -69,7 +69,14 @@ func solveStatus(ev *agentv1.Event) *client.SolveStatus {
 		if g := kind.Step.GetGroup(); g != "" {
 			v.ProgressGroup = &pb.ProgressGroup{Id: g, Name: g}
 		}
-		return &client.SolveStatus{Vertexes: []*client.Vertex{v}}
+		out := &client.SolveStatus{Vertexes: []*client.Vertex{v}}
+		if text := usageText(s.GetUsage()); text != "" && v.Completed != nil {
+			// It comes before the end of the step in what is shown.
+			out.Statuses = []*client.VertexStatus{{
+				ID: text, Vertex: v.Digest, Timestamp: at, Started: v.Completed, Completed: v.Completed,
+			}}
+		}
+		return out
 	case *agentv1.Event_Log:
 		stream := 1
 		if kind.Log.GetStream() == agentv1.LogStream_LOG_STREAM_STDERR {

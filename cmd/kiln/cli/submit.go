@@ -24,6 +24,7 @@ type submitFlags struct {
 	place             place
 	buildArgs, labels []string
 	timeout           time.Duration
+	stepTimeout       time.Duration
 	progress          string
 	detach, quiet     bool
 }
@@ -59,12 +60,14 @@ func (a *App) submitCommand() *cobra.Command {
 	fs.StringVar(&f.GitSecret, "git-secret", "", "Secret of the namespace with the credentials for the git URL")
 	fs.BoolVar(&f.Insecure, "insecure", false, "Accept plain HTTP and unverified certificates of the registry that is pushed to")
 	list(&f.labels, "label", "", "Set label KEY=VALUE of the image")
+	fs.StringVar(&f.Disk, "disk", "", "Limit of what every step may write, such as 10Gi")
 	fs.StringVar(&f.Memory, "memory", "", "Limit of memory of every step, such as 2Gi")
 	fs.StringVar(&f.Name, "name", "", "Name of the Build (default a generated one)")
 	fs.StringVar(&f.Network, "network", "", "Network of the steps: default or none")
 	fs.BoolVar(&f.NoCache, "no-cache", false, "Run every step again")
 	fs.BoolVar(&f.NoPush, "no-push", false, "Do not push the image; with --node it is on its node only")
 	fs.BoolVar(&f.Node, "node", false, "Put the image into the image store of the node that builds it")
+	fs.StringVar(&f.PIDs, "pids-limit", "", "Limit of processes and threads of every step")
 	list(&f.Platforms, "platform", "", "Platforms to build for, such as linux/amd64,linux/arm64")
 	fs.StringVar(&f.progress, "progress", "auto", "Progress: auto, tty, plain, rawjson or quiet")
 	fs.BoolVar(&f.Pull, "pull", false, "Ask the registry for every base image, even when it is there")
@@ -73,8 +76,11 @@ func (a *App) submitCommand() *cobra.Command {
 	fs.StringVar(&f.RuntimeClass, "runtime-class", "", "RuntimeClass that selects the sandbox of every step")
 	list(&f.Secrets, "secret", "", "Secret for the steps: id=ID,secret=NAME[,key=KEY], where NAME is a Secret of the namespace")
 	fs.StringVar(&f.ServiceAccount, "service-account", "", "ServiceAccount whose image pull secrets are used (default default)")
+	fs.StringVar(&f.Shm, "shm-size", "", "Size of /dev/shm in the steps, such as 128Mi")
+	fs.DurationVar(&f.stepTimeout, "step-timeout", 0, "How long every step may run")
 	list(&f.Tags, "tag", "t", "Name of the image: [REGISTRY/]NAME[:TAG]")
 	fs.StringVar(&f.Target, "target", "", "Build this stage")
+	list(&f.Ulimits, "ulimit", "", "Limit of every process of the steps: nofile=NUMBER")
 	fs.DurationVar(&f.timeout, "timeout", 0, "How long the build may run")
 	f.place.clusterFlags(fs)
 	return cmd
@@ -138,6 +144,7 @@ func (f *submitFlags) build() (_ *buildv1.Build, dir string, err error) {
 		return nil, "", fmt.Errorf("--platform: %w", err)
 	}
 	f.Request.Timeout = metav1.Duration{Duration: f.timeout}
+	f.Request.StepTimeout = metav1.Duration{Duration: f.stepTimeout}
 	return f.Request.Build()
 }
 

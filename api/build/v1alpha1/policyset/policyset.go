@@ -77,6 +77,17 @@ func Rules(p *v1alpha1.SandboxPolicy) policy.Rules {
 	if t := p.Spec.MaxTimeout; t != nil {
 		r.MaxTimeout = t.Duration
 	}
+	if t := p.Spec.MaxStepTimeout; t != nil {
+		r.Max.StepTimeout = t.Duration
+	}
+	if f := p.Spec.Frontends; f != nil {
+		r.Frontends = f.Allowed
+	}
+	if m := p.Spec.Mounts; m != nil {
+		for _, t := range m.Allowed {
+			r.Mounts = append(r.Mounts, strings.ToLower(string(t)))
+		}
+	}
 	return r
 }
 
@@ -86,14 +97,14 @@ func Limits(list corev1.ResourceList) policy.Limits {
 	if q, ok := list[corev1.ResourceCPU]; ok {
 		l.CPUMillis = q.MilliValue()
 	}
-	if q, ok := list[corev1.ResourceMemory]; ok {
-		l.MemoryBytes = q.Value()
-	}
-	if q, ok := list[corev1.ResourceEphemeralStorage]; ok {
-		l.DiskBytes = q.Value()
-	}
-	if q, ok := list[v1alpha1.ResourcePIDs]; ok {
-		l.PIDs = q.Value()
+	for name, to := range map[corev1.ResourceName]*int64{
+		corev1.ResourceMemory: &l.MemoryBytes, corev1.ResourceEphemeralStorage: &l.DiskBytes,
+		v1alpha1.ResourcePIDs: &l.PIDs, v1alpha1.ResourceInodes: &l.Inodes, v1alpha1.ResourceOpenFiles: &l.OpenFiles,
+		v1alpha1.ResourceLogBytes: &l.LogBytes, v1alpha1.ResourceLogRate: &l.LogRate, v1alpha1.ResourceShm: &l.ShmBytes,
+	} {
+		if q, ok := list[name]; ok {
+			*to = q.Value()
+		}
 	}
 	return l
 }

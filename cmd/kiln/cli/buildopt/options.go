@@ -32,6 +32,8 @@ type Flags struct {
 	Allow                     []string
 	Target, Network, ShmSize  string
 	Memory, CPUs              string
+	PIDsLimit, Disk           string
+	StepTimeout               string
 	Provenance, SBOM          string
 	ImageIDFile               string
 	NoCache, Pull, Push, Load bool

@@ -11,6 +11,8 @@ import (
 	"github.com/docker/go-units"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/tonistiigi/go-csvvalue"
+
+	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
 // field is one key=value pair of a comma-separated flag value.
@@ -97,6 +99,9 @@ func ParseUlimits(values []string) (string, error) {
 		u, err := units.ParseUlimit(s)
 		if err != nil {
 			return "", fmt.Errorf("invalid ulimit %q: %w", s, err)
+		}
+		if !policy.AllowsRlimit(u.Name) {
+			return "", fmt.Errorf("ulimit %q is refused: a step may set %s", u.Name, strings.Join(policy.Rlimits(), ", "))
 		}
 		out = append(out, u.String())
 	}

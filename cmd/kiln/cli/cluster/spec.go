@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"strconv"
 	"strings"
 
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
@@ -28,9 +29,10 @@ type Request struct {
 	Secrets                            []string // id=ID,secret=NAME[,key=KEY]
 	PushSecret, GitSecret              string
 	RuntimeClass, ServiceAccount       string
-	CPU, Memory                        string
+	CPU, Memory, Disk, PIDs, Shm       string
+	Ulimits                            []string // nofile=NUMBER
 	Network                            string
-	Timeout                            metav1.Duration
+	Timeout, StepTimeout               metav1.Duration
 	Node, Insecure, NoCache, Pull, Dry bool
 	NoPush                             bool
 }
@@ -71,6 +73,9 @@ func (r *Request) Build() (*buildv1.Build, string, error) {
 	if r.Timeout.Duration != 0 {
 		b.Spec.Timeout = &r.Timeout
 	}
+	if r.StepTimeout.Duration != 0 {
+		b.Spec.StepTimeout = &r.StepTimeout
+	}
 	switch r.Network {
 	case "":
 	case "default":
@@ -86,20 +91,54 @@ func (r *Request) Build() (*buildv1.Build, string, error) {
 }
 
 func (r *Request) limits(spec *buildv1.BuildSpec) error {
-	for name, value := range map[corev1.ResourceName]string{corev1.ResourceCPU: r.CPU, corev1.ResourceMemory: r.Memory} {
-		if value == "" {
+	files, err := openFiles(r.Ulimits)
+	if err != nil {
+		return err
+	}
+	for _, l := range []struct {
+		flag  string
+		name  corev1.ResourceName
+		value string
+	}{
+		{"cpu", corev1.ResourceCPU, r.CPU}, {"memory", corev1.ResourceMemory, r.Memory}, {"disk", corev1.ResourceEphemeralStorage, r.Disk},
+		{"pids-limit", buildv1.ResourcePIDs, r.PIDs}, {"shm-size", buildv1.ResourceShm, r.Shm}, {"ulimit", buildv1.ResourceOpenFiles, files},
+	} {
+		if l.value == "" {
 			continue
 		}
-		q, err := resource.ParseQuantity(value)
+		q, err := resource.ParseQuantity(l.value)
 		if err != nil {
-			return fmt.Errorf("--%s %s: %w", name, value, err)
+			return fmt.Errorf("--%s %s: %w", l.flag, l.value, err)
+		}
+		if q.Sign() <= 0 {
+			return fmt.Errorf("--%s %s: want more than 0", l.flag, l.value)
 		}
 		if spec.Resources == nil {
 			spec.Resources = &buildv1.Resources{Limits: corev1.ResourceList{}}
 		}
-		spec.Resources.Limits[name] = q
+		spec.Resources.Limits[l.name] = q
 	}
 	return nil
+}
+
+// openFiles returns the number of nofile=NUMBER; every other limit is refused by name.
+func openFiles(ulimits []string) (string, error) {
+	files := ""
+	for _, u := range ulimits {
+		name, value, _ := strings.Cut(u, "=")
+		if name != "nofile" {
+			return "", fmt.Errorf("--ulimit %s: a Build has no limit %q: only nofile", u, name)
+		}
+		soft, hard, both := strings.Cut(value, ":")
+		if both && soft != hard {
+			return "", fmt.Errorf("--ulimit %s: a Build has one limit of open files: want nofile=NUMBER", u)
+		}
+		if _, err := strconv.ParseUint(soft, 10, 32); err != nil {
+			return "", fmt.Errorf("--ulimit %s: want nofile=NUMBER", u)
+		}
+		files = soft
+	}
+	return files, nil
 }
 
 func (r *Request) output(spec *buildv1.BuildSpec) error {

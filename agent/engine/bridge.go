@@ -1,0 +1,101 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"maps"
+
+	"github.com/moby/buildkit/executor"
+	"github.com/moby/buildkit/frontend"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/kiln-build/kiln/agent/steplimits"
+	"github.com/kiln-build/kiln/sandbox/policy"
+)
+
+// checkedFrontend runs a front end that policy allows, and has every step that it asks for
+// carry the limits of its options.
+type checkedFrontend struct {
+	frontend.Frontend
+	// name tells what runs, by the options.
+	name   func(opts map[string]string) string
+	policy *stepPolicy
+	domain Domain
+}
+
+// Solve implements frontend.Frontend.
+func (f *checkedFrontend) Solve(ctx context.Context, bridge frontend.FrontendLLBBridge, exec executor.Executor, opts map[string]string, inputs map[string]*pb.Definition, sid string, sm *session.Manager) (*frontend.Result, error) {
+	if err := refusal(policy.CheckFrontend(f.policy.of(f.domain).Rules, f.name(opts))); err != nil {
+		return nil, err
+	}
+	if text := opts[steplimits.Key]; text != "" {
+		if _, err := steplimits.Decode(text); err != nil {
+			return nil, fmt.Errorf("option of the front end: %w", err)
+		}
+		bridge = &limitingBridge{FrontendLLBBridge: bridge, text: text}
+	}
+	return f.Frontend.Solve(ctx, bridge, exec, opts, inputs, sid, sm)
+}
+
+// limitingBridge writes limits into the description of every step that passes.
+type limitingBridge struct {
+	frontend.FrontendLLBBridge
+	text string
+}
+
+// Solve implements frontend.FrontendLLBBridge.
+func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, sid string) (*frontend.Result, error) {
+	var err error
+	if req.Definition != nil {
+		if req.Definition, err = describe(req.Definition, b.text); err != nil {
+			return nil, err
+		}
+	}
+	if req.Frontend != "" {
+		req.FrontendOpt = maps.Clone(req.FrontendOpt)
+		if req.FrontendOpt == nil {
+			req.FrontendOpt = map[string]string{}
+		}
+		req.FrontendOpt[steplimits.Key] = b.text
+		req.FrontendInputs = maps.Clone(req.FrontendInputs)
+		for name, def := range req.FrontendInputs {
+			if req.FrontendInputs[name], err = describe(def, b.text); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return b.FrontendLLBBridge.Solve(ctx, req, sid)
+}
+
+// describe returns def with limits in the description of its steps, unless they have some.
+// A description is no part of what a step is.
+func describe(def *pb.Definition, text string) (*pb.Definition, error) {
+	out := &pb.Definition{Def: def.GetDef(), Metadata: maps.Clone(def.GetMetadata()), Source: def.GetSource()}
+	if out.Metadata == nil {
+		out.Metadata = map[string]*pb.OpMetadata{}
+	}
+	for _, data := range def.GetDef() {
+		var op pb.Op
+		if err := op.UnmarshalVT(data); err != nil {
+			return nil, fmt.Errorf("read definition of a step: %w", err)
+		}
+		if op.GetExec() == nil {
+			continue
+		}
+		key := digest.FromBytes(data).String()
+		meta := &pb.OpMetadata{}
+		if known := out.Metadata[key]; known != nil {
+			meta = known.CloneVT()
+		}
+		if meta.Description[steplimits.Key] == "" {
+			if meta.Description == nil {
+				meta.Description = map[string]string{}
+			}
+			meta.Description[steplimits.Key] = text
+		}
+		out.Metadata[key] = meta
+	}
+	return out, nil
+}
