@@ -60,6 +60,12 @@ func merge(base, over Policy) Policy {
 	}
 	override(&base.DefaultSandbox, over.DefaultSandbox)
 	override(&base.Network, over.Network)
+	if len(over.Destinations.Allow) > 0 {
+		base.Destinations.Allow = over.Destinations.Allow
+	}
+	if len(over.Destinations.Deny) > 0 {
+		base.Destinations.Deny = over.Destinations.Deny
+	}
 	override(&base.MaxTimeout, over.MaxTimeout)
 	if over.MaxTimeout != "" && over.DefaultTimeout == "" && base.DefaultTimeout.Value() > base.MaxTimeout.Value() {
 		base.DefaultTimeout = base.MaxTimeout

@@ -202,6 +202,8 @@ type Policy struct {
 	DefaultSandbox string `json:"defaultSandbox,omitempty"`
 	// Network is the most that steps can reach: "egress" or "none".
 	Network string `json:"network,omitempty"`
+	// Destinations are what its builds may connect to.
+	Destinations Destinations `json:"destinations,omitzero"`
 	// DefaultTimeout is how long a build may run that does not say.
 	DefaultTimeout Duration `json:"defaultTimeout,omitempty"`
 	// MaxTimeout is the most that a build may ask for.
@@ -230,6 +232,18 @@ type Policy struct {
 	// subject to none of its other limits; so "auto" allows them only when network,
 	// maxResources and registries limit nothing.
 	BuildKitClients string `json:"buildKitClients,omitempty"`
+}
+
+// Destinations are what builds may connect to: their steps, and what fetches sources and
+// images for them. What is denied to all, as Fetch has it, stays so, except what Allow
+// names: an address or CIDR that lies within it.
+type Destinations struct {
+	// Allow is all that may be reached: CIDRs, addresses, host names and domains
+	// ("*.example.org", for its subdomains), each with ":" and a port if need be. Only
+	// these names are resolved. None: all that is not denied.
+	Allow []string `json:"allow,omitempty"`
+	// Deny has CIDRs and addresses that may not be reached besides.
+	Deny []string `json:"deny,omitempty"`
 }
 
 // Resources are limits of each step of a build. Empty fields are unlimited, or have the
@@ -303,15 +317,16 @@ type Uploads struct {
 	TTL Duration `json:"ttl"`
 }
 
-// Fetch bounds, by address, where sources by HTTP and git come from, and which
-// registries are reached. Never reached are the node's loopback and its other
-// addresses, link-local addresses with metadata services, multicast, and the address
-// that Pods have of the Kubernetes API server.
+// Fetch bounds, by address, where sources by HTTP and git come from, which registries
+// are reached, and what steps connect to. Never reached are the node's loopback and its
+// other addresses, link-local addresses with metadata services, multicast, and the
+// address that Pods have of the Kubernetes API server.
 type Fetch struct {
 	// Deny has more CIDRs, such as those of the cluster's Pods and Services.
 	Deny []string `json:"deny,omitempty"`
-	// Allow has exceptions: "10.1.0.0/16", "10.1.2.3:5000", "registry.internal:5000". A
-	// host name may then lead to any address.
+	// Allow has exceptions for what the agent fetches, and not for steps: "10.1.0.0/16",
+	// "10.1.2.3:5000", "registry.internal:5000", "*.internal". A host name may then lead
+	// to any address.
 	Allow []string `json:"allow,omitempty"`
 	// DenyPrivate denies the addresses of private networks, such as 10.0.0.0/8, too.
 	DenyPrivate bool `json:"denyPrivate,omitempty"`

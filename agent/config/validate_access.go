@@ -167,6 +167,7 @@ func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList 
 		e = append(e, oneOf(at.Child("defaultSandbox"), p.DefaultSandbox, whole.Sandboxes)...)
 	}
 	e = append(e, oneOf(at.Child("network"), whole.Network, networks)...)
+	e = append(e, p.Destinations.validate(at.Child("destinations"))...)
 	e = append(e, duration(at.Child("maxTimeout"), whole.MaxTimeout, time.Second, longest)...)
 	e = append(e, duration(at.Child("defaultTimeout"), whole.DefaultTimeout, time.Second, longest)...)
 	if len(e) == 0 && whole.DefaultTimeout.Value() > whole.MaxTimeout.Value() {
@@ -187,6 +188,19 @@ func (c *Agent) validatePolicy(at *field.Path, p, whole Policy) field.ErrorList 
 	}
 	e = append(e, oneOf(at.Child("buildKitClients"), whole.BuildKitClients, clients)...)
 	return append(e, registries(at.Child("registries", "push"), p.Registries.Push)...)
+}
+
+func (d Destinations) validate(at *field.Path) field.ErrorList {
+	var e field.ErrorList
+	lists := map[string][]string{"allow": d.Allow, "deny": d.Deny}
+	for _, p := range (policy.Destinations{Allow: d.Allow, Deny: d.Deny}).Problems() {
+		if p.Index < 0 {
+			e = append(e, field.Invalid(at.Child(p.List), len(lists[p.List]), p.Err.Error()))
+		} else {
+			e = append(e, field.Invalid(at.Child(p.List).Index(p.Index), lists[p.List][p.Index], p.Err.Error()))
+		}
+	}
+	return e
 }
 
 func (r *Resources) validate(at *field.Path) field.ErrorList {

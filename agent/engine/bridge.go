@@ -30,11 +30,20 @@ func (f *checkedFrontend) Solve(ctx context.Context, bridge frontend.FrontendLLB
 	if err := refusal(policy.CheckFrontend(f.policy.of(f.domain).Rules, f.name(opts))); err != nil {
 		return nil, err
 	}
-	if text := opts[steplimits.Key]; text != "" {
-		if _, err := steplimits.Decode(text); err != nil {
-			return nil, fmt.Errorf("option of the front end: %w", err)
+	if _, err := steplimits.Decode(opts[steplimits.Key]); err != nil {
+		return nil, fmt.Errorf("option of the front end: %w", err)
+	}
+	if _, err := steplimits.DecodeDestinations(opts[steplimits.DestinationsKey]); err != nil {
+		return nil, fmt.Errorf("option of the front end: %w", err)
+	}
+	limits := map[string]string{}
+	for _, key := range []string{steplimits.Key, steplimits.DestinationsKey} {
+		if opts[key] != "" {
+			limits[key] = opts[key]
 		}
-		bridge = &limitingBridge{FrontendLLBBridge: bridge, text: text}
+	}
+	if len(limits) > 0 {
+		bridge = &limitingBridge{FrontendLLBBridge: bridge, limits: limits}
 	}
 	return f.Frontend.Solve(ctx, bridge, exec, opts, inputs, sid, sm)
 }
@@ -42,14 +51,14 @@ func (f *checkedFrontend) Solve(ctx context.Context, bridge frontend.FrontendLLB
 // limitingBridge writes limits into the description of every step that passes.
 type limitingBridge struct {
 	frontend.FrontendLLBBridge
-	text string
+	limits map[string]string
 }
 
 // Solve implements frontend.FrontendLLBBridge.
 func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, sid string) (*frontend.Result, error) {
 	var err error
 	if req.Definition != nil {
-		if req.Definition, err = describe(req.Definition, b.text); err != nil {
+		if req.Definition, err = describe(req.Definition, b.limits); err != nil {
 			return nil, err
 		}
 	}
@@ -58,10 +67,10 @@ func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, s
 		if req.FrontendOpt == nil {
 			req.FrontendOpt = map[string]string{}
 		}
-		req.FrontendOpt[steplimits.Key] = b.text
+		maps.Copy(req.FrontendOpt, b.limits)
 		req.FrontendInputs = maps.Clone(req.FrontendInputs)
 		for name, def := range req.FrontendInputs {
-			if req.FrontendInputs[name], err = describe(def, b.text); err != nil {
+			if req.FrontendInputs[name], err = describe(def, b.limits); err != nil {
 				return nil, err
 			}
 		}
@@ -71,7 +80,7 @@ func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, s
 
 // describe returns def with limits in the description of its steps, unless they have some.
 // A description is no part of what a step is.
-func describe(def *pb.Definition, text string) (*pb.Definition, error) {
+func describe(def *pb.Definition, limits map[string]string) (*pb.Definition, error) {
 	out := &pb.Definition{Def: def.GetDef(), Metadata: maps.Clone(def.GetMetadata()), Source: def.GetSource()}
 	if out.Metadata == nil {
 		out.Metadata = map[string]*pb.OpMetadata{}
@@ -89,11 +98,15 @@ func describe(def *pb.Definition, text string) (*pb.Definition, error) {
 		if known := out.Metadata[key]; known != nil {
 			meta = known.CloneVT()
 		}
-		if meta.Description[steplimits.Key] == "" {
-			if meta.Description == nil {
-				meta.Description = map[string]string{}
+		if meta.Description == nil {
+			meta.Description = map[string]string{}
+		}
+		for k, v := range limits {
+			// What a front end says in place of the build counts for limits only, which
+			// policy bounds.
+			if k == steplimits.DestinationsKey || meta.Description[k] == "" {
+				meta.Description[k] = v
 			}
-			meta.Description[steplimits.Key] = text
 		}
 		out.Metadata[key] = meta
 	}

@@ -131,6 +131,9 @@ func (e *stepExecutor) newStep(ctx context.Context, id string, process executor.
 	if step.Limits, err = e.policy.limits(ctx, e.domain, process.Meta); err != nil {
 		return nil, err
 	}
+	if step.Egress, err = e.policy.egressOf(e.domain, vertexOf(ctx).destinations); err != nil {
+		return nil, err
+	}
 	for _, h := range process.Meta.ExtraHosts {
 		ip, ok := netip.AddrFromSlice(h.IP)
 		if !ok {

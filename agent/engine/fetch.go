@@ -7,11 +7,13 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/source"
+	"github.com/moby/buildkit/source/containerimage"
 	gitsource "github.com/moby/buildkit/source/git"
 	httpsource "github.com/moby/buildkit/source/http"
 	"github.com/moby/buildkit/util/gitutil"
@@ -31,6 +33,9 @@ type fetching struct {
 	// before is what http.DefaultClient was.
 	before *http.Client
 	git    *gitcmd.Installed
+
+	mu      sync.Mutex // guards domains
+	domains []*domainFetching
 }
 
 // openFetching changes this process: git on the PATH and http.DefaultClient become
@@ -58,12 +63,41 @@ func (f *fetching) close() error {
 		http.DefaultClient = f.before
 	}
 	f.transport.CloseIdleConnections()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, d := range f.domains {
+		d.transport.CloseIdleConnections()
+	}
 	return f.git.Close()
+}
+
+// domainFetching makes what is fetched for one domain obey its own rules too. A nil one
+// changes nothing.
+type domainFetching struct {
+	policy    *egress.Policy
+	transport *http.Transport
+	client    *http.Client
+}
+
+// of returns what fetches for a domain, whose policies say what rules returns; nil:
+// nothing more. It may be used until close.
+func (f *fetching) of(rules func() []egress.Rules) *domainFetching {
+	if f == nil {
+		return nil
+	}
+	p := *f.policy
+	p.Rules = rules
+	d := &domainFetching{policy: &p, transport: p.Transport()}
+	d.client = &http.Client{Transport: tracing.NewTransport(d.transport)}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.domains = append(f.domains, d)
+	return d
 }
 
 // hosts returns registries whose requests obey the policy, those for tokens too: the
 // registry's client makes them. The given hosts must have no settings of TLS.
-func (f *fetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts {
+func (f *domainFetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts {
 	if f == nil {
 		return hosts
 	}
@@ -81,7 +115,7 @@ func (f *fetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts {
 }
 
 // sources gives a worker sources that obey the policy in place of its own.
-func (f *fetching) sources(w *base.Worker) error {
+func (f *domainFetching) sources(w *base.Worker, hosts docker.RegistryHosts) error {
 	if f == nil {
 		return nil
 	}
@@ -94,7 +128,40 @@ func (f *fetching) sources(w *base.Worker) error {
 	if w.GitSource != nil {
 		w.SourceManager.Register(gitSource{w.GitSource, f.policy})
 	}
+	if f.policy.Rules != nil {
+		w.SourceManager.Register(imageSource{w.ImageSource, f.policy, hosts})
+	}
 	return nil
+}
+
+// imageSource tells early that a registry may not be reached. Of the clients of
+// registries BuildKit keeps one for each name of an image, whoever pulls it, so the one
+// that pulls may obey another domain's rules.
+type imageSource struct {
+	source.Source
+	policy *egress.Policy
+	hosts  docker.RegistryHosts
+}
+
+// Identifier implements source.Source.
+func (s imageSource) Identifier(scheme, ref string, attrs map[string]string, platform *pb.Platform) (source.Identifier, error) {
+	id, err := s.Source.Identifier(scheme, ref, attrs, platform)
+	image, ok := id.(*containerimage.ImageIdentifier)
+	if err != nil || !ok || !s.policy.Restricted() {
+		return id, err
+	}
+	found, err := s.hosts(image.Reference.Hostname())
+	if err != nil {
+		return nil, fmt.Errorf("find registry of %s: %w", ref, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	for _, h := range found {
+		if err := s.policy.CheckURL(ctx, &url.URL{Scheme: h.Scheme, Host: h.Host}); err != nil {
+			return nil, fmt.Errorf("pull %s: %w", ref, err)
+		}
+	}
+	return id, nil
 }
 
 // lookupTimeout bounds the look-up of a git server's name that is for the message of

@@ -72,7 +72,6 @@ type Node struct {
 	frontends *frontendPolicy
 	store     *snapshot.Store
 	runtimes  *runtimes
-	hosts     docker.RegistryHosts
 	fetching  *fetching
 
 	// mu guards what follows.
@@ -107,12 +106,18 @@ func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 		return nil, errors.Join(err, n.store.Close())
 	}
 	n.runtimes = newRuntimes(cfg)
-	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
-	n.hosts = n.fetching.hosts(resolver.NewRegistryConfig(nil))
-	if cfg.Lender != nil {
-		n.hosts = nodestore.Lending(n.hosts, cfg.Lender, nil)
-	}
 	return n, nil
+}
+
+// fetchesOf returns what fetches for a domain, and the registries that it knows.
+func (n *Node) fetchesOf(d Domain) (*domainFetching, docker.RegistryHosts) {
+	f := n.fetching.of(n.rulesOf(d))
+	// Loopback registries speak plain HTTP by default; see BuildKit's resolver.
+	hosts := f.hosts(resolver.NewRegistryConfig(nil))
+	if n.cfg.Lender != nil {
+		hosts = nodestore.Lending(hosts, n.cfg.Lender, nil)
+	}
+	return f, hosts
 }
 
 // Warm starts preparing sandboxes of the given classes, so that the first steps find

@@ -60,7 +60,7 @@ func (r *runtimes) get(ctx context.Context, class sandbox.Class) (sandbox.Runtim
 // holds mu.
 func (r *runtimes) make(ctx context.Context, class sandbox.Class) (sandbox.Runtime, error) {
 	if r.networks == nil {
-		networks, err := netns.New(ctx, netns.Config{})
+		networks, err := netns.New(ctx, netns.Config{Policy: stepEgress(r.cfg.Fetch)})
 		if err != nil {
 			return nil, fmt.Errorf("prepare networks: %w", err)
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/kiln-build/kiln/agent/steplimits"
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
@@ -24,6 +25,8 @@ type stepPolicy struct {
 	rules func(Domain) StepRules
 	// most returns the most that a step of a domain may use; nil: only rules say.
 	most func(Domain) sandbox.Limits
+	// fetch says what may be fetched; nil: anything.
+	fetch *egress.Policy
 }
 
 // StepRules is what holds for the steps of a domain.
@@ -35,7 +38,7 @@ type StepRules struct {
 }
 
 func newStepPolicy(cfg NodeConfig) *stepPolicy {
-	return &stepPolicy{root: cfg.Root, rules: cfg.Rules, most: cfg.Limits}
+	return &stepPolicy{root: cfg.Root, rules: cfg.Rules, most: cfg.Limits, fetch: cfg.Fetch}
 }
 
 // of returns what holds for a domain.
@@ -109,6 +112,22 @@ func (p *stepPolicy) limits(ctx context.Context, d Domain, meta executor.Meta) (
 	if out.PIDs == 0 {
 		out.PIDs = DefaultPIDs
 	}
+	return out, nil
+}
+
+// egressOf returns what a step of a domain may reach; nil: what those of everyone may.
+// own is the list that its build gives itself.
+func (p *stepPolicy) egressOf(d Domain, own string) (*egress.Policy, error) {
+	narrow, err := steplimits.DecodeDestinations(own)
+	if err != nil {
+		return nil, err
+	}
+	rules := policy.Egress(p.of(d).Rules)
+	if len(narrow)+len(rules) == 0 {
+		return nil, nil
+	}
+	out := stepEgress(p.fetch)
+	out.Rules, out.Narrow = func() []egress.Rules { return rules }, narrow
 	return out, nil
 }
 

@@ -29,6 +29,8 @@ type vertex struct {
 	mounts map[string]string
 	// limits has the description of what the build asks for; see package steplimits.
 	limits string
+	// destinations has that of what alone the step may connect to.
+	destinations string
 }
 
 type vertexKey struct{}
@@ -63,7 +65,7 @@ func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, s
 }
 
 func newVertex(v solver.Vertex, exec *pb.ExecOp) vertex {
-	out := vertex{digest: v.Digest(), name: v.Name(), limits: v.Options().Description[steplimits.Key], mounts: map[string]string{}}
+	out := vertex{digest: v.Digest(), name: v.Name(), limits: v.Options().Description[steplimits.Key], destinations: v.Options().Description[steplimits.DestinationsKey], mounts: map[string]string{}}
 	for _, m := range exec.GetMounts() {
 		dest := m.GetDest()
 		if !path.IsAbs(dest) {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/cache/metadata"
@@ -44,8 +45,12 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	if err != nil {
 		return nil, nil, fmt.Errorf("make session manager: %w", err)
 	}
-	w, err := n.newWorker(ctx, dir, d, images)
+	fetches, hosts := n.fetchesOf(d)
+	w, err := n.newWorker(ctx, dir, d, images, hosts)
 	if err != nil {
+		return nil, nil, err
+	}
+	if err := fetches.sources(w, hosts); err != nil {
 		return nil, nil, err
 	}
 	workers := &worker.Controller{}
@@ -73,12 +78,12 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		Frontends:        frontends,
 		CacheManager:     keys,
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
-			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, n.hosts),
+			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, hosts),
 			"local":    localremotecache.ResolveCacheExporterFunc(sessions),
 			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
 		},
 		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
-			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), n.hosts),
+			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), hosts),
 			"local":    localremotecache.ResolveCacheImporterFunc(sessions),
 		},
 		// No entitlement exists: a step that asks for one is refused.
@@ -97,7 +102,7 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), w, keys, func() { n.collector.start(n) }), nil
 }
 
-func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore) (*base.Worker, error) {
+func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore, hosts docker.RegistryHosts) (*base.Worker, error) {
 	id, err := base.ID(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read worker ID: %w", err)
@@ -126,7 +131,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		ImageStore:      images,
 		Applier:         apply.NewFileSystemApplier(content),
 		Differ:          walking.NewWalkingDiff(content),
-		RegistryHosts:   n.hosts,
+		RegistryHosts:   hosts,
 		LeaseManager:    leaseutil.WithNamespace(owned, snapshot.Namespace),
 		GarbageCollect:  store.DB.GarbageCollect,
 		MetadataStore:   md,
@@ -134,9 +139,6 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 	})
 	if err != nil {
 		return nil, fmt.Errorf("assemble worker: %w", err)
-	}
-	if err := n.fetching.sources(w); err != nil {
-		return nil, err
 	}
 	return w, nil
 }

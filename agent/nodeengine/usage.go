@@ -33,5 +33,6 @@ func Usage(res *sandbox.Result) *agentv1.StepUsage {
 	for _, l := range res.Reached {
 		out.LimitsReached = append(out.LimitsReached, string(l))
 	}
+	out.Network = network(res.Network)
 	return out
 }

@@ -123,6 +123,9 @@ func (p *planner) dockerfileAttrs(d *agentv1.DockerfileStrategy) {
 	if l := steplimits.Encode(steplimits.Of(p.spec.GetResources())); l != "" {
 		attrs[steplimits.Key] = l
 	}
+	if d := p.spec.GetDestinations(); len(d) > 0 {
+		attrs[steplimits.DestinationsKey] = steplimits.EncodeDestinations(d)
+	}
 	if p.spec.GetNoCache() {
 		attrs["no-cache"] = ""
 	}

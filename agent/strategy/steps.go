@@ -19,6 +19,7 @@ import (
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
 
@@ -202,6 +203,9 @@ func (b *stepsBuild) step(ctx context.Context, i int, s *agentv1.BuilderStep, ws
 		opts = append(opts, llb.Network(pb.NetMode_NONE))
 	}
 	opts = append(opts, stepResources(b.spec.GetResources())...)
+	if d := b.spec.GetDestinations(); len(d) > 0 {
+		opts = append(opts, llb.WithDescription(map[string]string{steplimits.DestinationsKey: steplimits.EncodeDestinations(d)}))
+	}
 	if b.spec.GetNoCache() {
 		opts = append(opts, llb.IgnoreCache)
 	}

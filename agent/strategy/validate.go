@@ -13,6 +13,7 @@ import (
 
 	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
+	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
 // Validate reports everything that is wrong with a spec as an *InvalidError, or
@@ -36,6 +37,7 @@ func Validate(spec *agentv1.BuildSpec) error {
 	}
 	v.enums()
 	v.resources("spec.resources", spec.GetResources())
+	v.destinations("spec.destinations", spec.GetDestinations())
 	v.duration("spec.timeout", spec.GetTimeout(), maxTimeout)
 	v.outputs("spec.outputs", spec.GetOutputs())
 	v.caches()
@@ -133,6 +135,16 @@ func (v *validator) enums() {
 	}
 	if _, ok := agentv1.NetworkMode_name[int32(s.GetNetwork())]; !ok {
 		v.add("spec.network", "has the unknown value %d", int32(s.GetNetwork()))
+	}
+}
+
+func (v *validator) destinations(field string, list []string) {
+	for _, p := range (policy.Destinations{Allow: list}).Problems() {
+		if p.Index < 0 {
+			v.add(field, "has %v", p.Err)
+		} else {
+			v.add(item(field, p.Index), "%v", p.Err)
+		}
 	}
 }
 

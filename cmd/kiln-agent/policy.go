@@ -29,7 +29,8 @@ func rules(cfg *config.Agent) agent.RulePolicy {
 		return agent.TenantRules{
 			Rules: []policy.Rules{{
 				Name: "agent-configuration", Classes: p.Sandboxes, DefaultClass: p.DefaultSandbox, Networks: networks, DefaultNetwork: p.Network,
-				Pull: p.Registries.Pull, Push: p.Registries.Push, Frontends: p.Frontends, Mounts: p.Mounts, Max: limits(p.MaxResources), MaxTimeout: p.MaxTimeout.Value(),
+				Destinations: policy.Destinations{Allow: p.Destinations.Allow, Deny: p.Destinations.Deny},
+				Pull:         p.Registries.Pull, Push: p.Registries.Push, Frontends: p.Frontends, Mounts: p.Mounts, Max: limits(p.MaxResources), MaxTimeout: p.MaxTimeout.Value(),
 			}},
 			Defaults: limits(p.DefaultResources), Sandbox: sandbox.Class(p.DefaultSandbox), Network: p.Network, Timeout: p.DefaultTimeout.Value(),
 			NodeImages: p.NodeImages, MaxRunning: p.MaxRunning, MaxQueued: p.MaxQueued,

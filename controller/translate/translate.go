@@ -138,7 +138,7 @@ func Spec(b *v1alpha1.Build, in *inputs.Inputs, req policy.Request) (*agentv1.Bu
 		Source: source(b, in), Sandbox: class, Network: network,
 		Resources: resources(req.Limits),
 		Outputs:   outputs(b.Spec.Output), Platforms: b.Spec.Platforms, CacheScope: cacheScope(&b.Spec),
-		Attestations: b.Spec.Attestations, NoCache: b.Spec.NoCache, Pull: b.Spec.Pull,
+		Attestations: b.Spec.Attestations, NoCache: b.Spec.NoCache, Pull: b.Spec.Pull, Destinations: b.Spec.Destinations,
 		Labels: map[string]string{LabelNamespace: b.Namespace, LabelName: b.Name, LabelUID: string(b.UID)},
 	}
 	if req.Timeout > 0 {

@@ -2336,6 +2336,162 @@ func (x *StepResult) GetUsage() *StepUsage {
 	return nil
 }
 
+// StepNetwork is what a step did with its network: the destinations with the most
+// attempts, at most 64 of each kind.
+type StepNetwork struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it could connect to.
+	Reached []*StepContact `protobuf:"bytes,1,rep,name=reached,proto3" json:"reached,omitempty"`
+	// What it was kept from, and names that were not resolved for it.
+	Refused []*StepContact `protobuf:"bytes,2,rep,name=refused,proto3" json:"refused,omitempty"`
+	// Attempts at further destinations that it could connect to.
+	MoreReached int64 `protobuf:"varint,3,opt,name=more_reached,json=moreReached,proto3" json:"more_reached,omitempty"`
+	// Attempts at further destinations that it was kept from.
+	MoreRefused   int64 `protobuf:"varint,4,opt,name=more_refused,json=moreRefused,proto3" json:"more_refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StepNetwork) Reset() {
+	*x = StepNetwork{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StepNetwork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StepNetwork) ProtoMessage() {}
+
+func (x *StepNetwork) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StepNetwork.ProtoReflect.Descriptor instead.
+func (*StepNetwork) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *StepNetwork) GetReached() []*StepContact {
+	if x != nil {
+		return x.Reached
+	}
+	return nil
+}
+
+func (x *StepNetwork) GetRefused() []*StepContact {
+	if x != nil {
+		return x.Refused
+	}
+	return nil
+}
+
+func (x *StepNetwork) GetMoreReached() int64 {
+	if x != nil {
+		return x.MoreReached
+	}
+	return 0
+}
+
+func (x *StepNetwork) GetMoreRefused() int64 {
+	if x != nil {
+		return x.MoreRefused
+	}
+	return 0
+}
+
+// StepContact is a destination that a step tried to reach.
+type StepContact struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The IP address; empty: the name was refused.
+	Address string `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	// The name that the address was answered for, when policy lists names.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// "tcp", "udp", "icmp", "dns" for a refused name, or a protocol's number.
+	Protocol string `protobuf:"bytes,3,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// 0 when the protocol has none.
+	Port uint32 `protobuf:"varint,4,opt,name=port,proto3" json:"port,omitempty"`
+	// Attempts: connections of TCP; of all else packets until the first answer.
+	Count         int64 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StepContact) Reset() {
+	*x = StepContact{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StepContact) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StepContact) ProtoMessage() {}
+
+func (x *StepContact) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StepContact.ProtoReflect.Descriptor instead.
+func (*StepContact) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *StepContact) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *StepContact) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *StepContact) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *StepContact) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *StepContact) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // StepUsage is what the processes of a step used of the node, its sandbox with them. A
 // step that several builds waited for has run once, and has the same usage in each.
 type StepUsage struct {
@@ -2356,13 +2512,15 @@ type StepUsage struct {
 	LogBytes int64 `protobuf:"varint,8,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
 	// Limits that it ran into: "memory", "pids", "timeout", "disk", "inodes", "log".
 	LimitsReached []string `protobuf:"bytes,9,rep,name=limits_reached,json=limitsReached,proto3" json:"limits_reached,omitempty"`
+	// What it did with its network; unset when nothing left its sandbox.
+	Network       *StepNetwork `protobuf:"bytes,10,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StepUsage) Reset() {
 	*x = StepUsage{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2374,7 +2532,7 @@ func (x *StepUsage) String() string {
 func (*StepUsage) ProtoMessage() {}
 
 func (x *StepUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2387,7 +2545,7 @@ func (x *StepUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepUsage.ProtoReflect.Descriptor instead.
 func (*StepUsage) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StepUsage) GetCpu() *durationpb.Duration {
@@ -2453,6 +2611,13 @@ func (x *StepUsage) GetLimitsReached() []string {
 	return nil
 }
 
+func (x *StepUsage) GetNetwork() *StepNetwork {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 // Event is something that happened to a build.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2477,7 +2642,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2489,7 +2654,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2502,7 +2667,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Event) GetOffset() uint64 {
@@ -2641,7 +2806,7 @@ type StatusEvent struct {
 
 func (x *StatusEvent) Reset() {
 	*x = StatusEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2653,7 +2818,7 @@ func (x *StatusEvent) String() string {
 func (*StatusEvent) ProtoMessage() {}
 
 func (x *StatusEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2666,7 +2831,7 @@ func (x *StatusEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusEvent.ProtoReflect.Descriptor instead.
 func (*StatusEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StatusEvent) GetState() BuildState {
@@ -2705,7 +2870,7 @@ type StepEvent struct {
 
 func (x *StepEvent) Reset() {
 	*x = StepEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2717,7 +2882,7 @@ func (x *StepEvent) String() string {
 func (*StepEvent) ProtoMessage() {}
 
 func (x *StepEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2730,7 +2895,7 @@ func (x *StepEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepEvent.ProtoReflect.Descriptor instead.
 func (*StepEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StepEvent) GetStep() *StepResult {
@@ -2769,7 +2934,7 @@ type LogEvent struct {
 
 func (x *LogEvent) Reset() {
 	*x = LogEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2781,7 +2946,7 @@ func (x *LogEvent) String() string {
 func (*LogEvent) ProtoMessage() {}
 
 func (x *LogEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2794,7 +2959,7 @@ func (x *LogEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEvent.ProtoReflect.Descriptor instead.
 func (*LogEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *LogEvent) GetStep() string {
@@ -2837,7 +3002,7 @@ type WarningEvent struct {
 
 func (x *WarningEvent) Reset() {
 	*x = WarningEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2849,7 +3014,7 @@ func (x *WarningEvent) String() string {
 func (*WarningEvent) ProtoMessage() {}
 
 func (x *WarningEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2862,7 +3027,7 @@ func (x *WarningEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarningEvent.ProtoReflect.Descriptor instead.
 func (*WarningEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WarningEvent) GetStep() string {
@@ -2924,7 +3089,7 @@ type ProgressEvent struct {
 
 func (x *ProgressEvent) Reset() {
 	*x = ProgressEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2936,7 +3101,7 @@ func (x *ProgressEvent) String() string {
 func (*ProgressEvent) ProtoMessage() {}
 
 func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2949,7 +3114,7 @@ func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressEvent.ProtoReflect.Descriptor instead.
 func (*ProgressEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ProgressEvent) GetStep() string {
@@ -3159,7 +3324,18 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bended_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x16\n" +
 	"\x06cached\x18\x05 \x01(\bR\x06cached\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12.\n" +
-	"\x05usage\x18\a \x01(\v2\x18.kiln.agent.v1.StepUsageR\x05usage\"\xe2\x02\n" +
+	"\x05usage\x18\a \x01(\v2\x18.kiln.agent.v1.StepUsageR\x05usage\"\xbf\x01\n" +
+	"\vStepNetwork\x124\n" +
+	"\areached\x18\x01 \x03(\v2\x1a.kiln.agent.v1.StepContactR\areached\x124\n" +
+	"\arefused\x18\x02 \x03(\v2\x1a.kiln.agent.v1.StepContactR\arefused\x12!\n" +
+	"\fmore_reached\x18\x03 \x01(\x03R\vmoreReached\x12!\n" +
+	"\fmore_refused\x18\x04 \x01(\x03R\vmoreRefused\"\x81\x01\n" +
+	"\vStepContact\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
+	"\bprotocol\x18\x03 \x01(\tR\bprotocol\x12\x12\n" +
+	"\x04port\x18\x04 \x01(\rR\x04port\x12\x14\n" +
+	"\x05count\x18\x05 \x01(\x03R\x05count\"\x98\x03\n" +
 	"\tStepUsage\x12+\n" +
 	"\x03cpu\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03cpu\x127\n" +
 	"\tthrottled\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tthrottled\x12*\n" +
@@ -3170,7 +3346,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\rio_read_bytes\x18\x06 \x01(\x03R\vioReadBytes\x12$\n" +
 	"\x0eio_write_bytes\x18\a \x01(\x03R\fioWriteBytes\x12\x1b\n" +
 	"\tlog_bytes\x18\b \x01(\x03R\blogBytes\x12%\n" +
-	"\x0elimits_reached\x18\t \x03(\tR\rlimitsReached\"\x95\x03\n" +
+	"\x0elimits_reached\x18\t \x03(\tR\rlimitsReached\x124\n" +
+	"\anetwork\x18\n" +
+	" \x01(\v2\x1a.kiln.agent.v1.StepNetworkR\anetwork\"\x95\x03\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x04R\x06offset\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
@@ -3266,7 +3444,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(BuildState)(0),               // 0: kiln.agent.v1.BuildState
 	(FailureReason)(0),            // 1: kiln.agent.v1.FailureReason
@@ -3300,96 +3478,101 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Failure)(nil),               // 29: kiln.agent.v1.Failure
 	(*SourceLocation)(nil),        // 30: kiln.agent.v1.SourceLocation
 	(*StepResult)(nil),            // 31: kiln.agent.v1.StepResult
-	(*StepUsage)(nil),             // 32: kiln.agent.v1.StepUsage
-	(*Event)(nil),                 // 33: kiln.agent.v1.Event
-	(*StatusEvent)(nil),           // 34: kiln.agent.v1.StatusEvent
-	(*StepEvent)(nil),             // 35: kiln.agent.v1.StepEvent
-	(*LogEvent)(nil),              // 36: kiln.agent.v1.LogEvent
-	(*WarningEvent)(nil),          // 37: kiln.agent.v1.WarningEvent
-	(*ProgressEvent)(nil),         // 38: kiln.agent.v1.ProgressEvent
-	nil,                           // 39: kiln.agent.v1.ListBuildsRequest.LabelsEntry
-	(*BuildSpec)(nil),             // 40: kiln.agent.v1.BuildSpec
-	(*Credentials)(nil),           // 41: kiln.agent.v1.Credentials
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
-	(SandboxClass)(0),             // 43: kiln.agent.v1.SandboxClass
-	(*durationpb.Duration)(nil),   // 44: google.protobuf.Duration
+	(*StepNetwork)(nil),           // 32: kiln.agent.v1.StepNetwork
+	(*StepContact)(nil),           // 33: kiln.agent.v1.StepContact
+	(*StepUsage)(nil),             // 34: kiln.agent.v1.StepUsage
+	(*Event)(nil),                 // 35: kiln.agent.v1.Event
+	(*StatusEvent)(nil),           // 36: kiln.agent.v1.StatusEvent
+	(*StepEvent)(nil),             // 37: kiln.agent.v1.StepEvent
+	(*LogEvent)(nil),              // 38: kiln.agent.v1.LogEvent
+	(*WarningEvent)(nil),          // 39: kiln.agent.v1.WarningEvent
+	(*ProgressEvent)(nil),         // 40: kiln.agent.v1.ProgressEvent
+	nil,                           // 41: kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	(*BuildSpec)(nil),             // 42: kiln.agent.v1.BuildSpec
+	(*Credentials)(nil),           // 43: kiln.agent.v1.Credentials
+	(*timestamppb.Timestamp)(nil), // 44: google.protobuf.Timestamp
+	(SandboxClass)(0),             // 45: kiln.agent.v1.SandboxClass
+	(*durationpb.Duration)(nil),   // 46: google.protobuf.Duration
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
-	40, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	41, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
+	42, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	43, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
 	27, // 2: kiln.agent.v1.StartBuildResponse.build:type_name -> kiln.agent.v1.Build
-	33, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
+	35, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
 	27, // 4: kiln.agent.v1.CancelBuildResponse.build:type_name -> kiln.agent.v1.Build
 	27, // 5: kiln.agent.v1.GetBuildResponse.build:type_name -> kiln.agent.v1.Build
 	0,  // 6: kiln.agent.v1.ListBuildsRequest.states:type_name -> kiln.agent.v1.BuildState
-	39, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	41, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
 	27, // 8: kiln.agent.v1.ListBuildsResponse.builds:type_name -> kiln.agent.v1.Build
 	14, // 9: kiln.agent.v1.UploadSourceRequest.header:type_name -> kiln.agent.v1.UploadHeader
-	42, // 10: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
-	40, // 11: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	42, // 12: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
+	44, // 10: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
+	42, // 11: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	44, // 12: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
 	20, // 13: kiln.agent.v1.GetInfoResponse.sandboxes:type_name -> kiln.agent.v1.SandboxInfo
 	21, // 14: kiln.agent.v1.GetInfoResponse.node_runtime:type_name -> kiln.agent.v1.NodeRuntime
-	42, // 15: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
-	43, // 16: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
+	44, // 15: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
+	45, // 16: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
 	24, // 17: kiln.agent.v1.DiskUsageResponse.caches:type_name -> kiln.agent.v1.CacheUsage
-	43, // 18: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
-	44, // 19: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
-	40, // 20: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
+	45, // 18: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	46, // 19: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
+	42, // 20: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
 	0,  // 21: kiln.agent.v1.Build.state:type_name -> kiln.agent.v1.BuildState
-	42, // 22: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
-	42, // 23: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
-	42, // 24: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
+	44, // 22: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
+	44, // 23: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
+	44, // 24: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
 	28, // 25: kiln.agent.v1.Build.result:type_name -> kiln.agent.v1.BuildResult
-	43, // 26: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	45, // 26: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
 	0,  // 27: kiln.agent.v1.BuildResult.state:type_name -> kiln.agent.v1.BuildState
 	29, // 28: kiln.agent.v1.BuildResult.failure:type_name -> kiln.agent.v1.Failure
 	31, // 29: kiln.agent.v1.BuildResult.steps:type_name -> kiln.agent.v1.StepResult
 	1,  // 30: kiln.agent.v1.Failure.reason:type_name -> kiln.agent.v1.FailureReason
 	30, // 31: kiln.agent.v1.Failure.location:type_name -> kiln.agent.v1.SourceLocation
-	42, // 32: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
-	42, // 33: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
-	32, // 34: kiln.agent.v1.StepResult.usage:type_name -> kiln.agent.v1.StepUsage
-	44, // 35: kiln.agent.v1.StepUsage.cpu:type_name -> google.protobuf.Duration
-	44, // 36: kiln.agent.v1.StepUsage.throttled:type_name -> google.protobuf.Duration
-	42, // 37: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	34, // 38: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
-	35, // 39: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
-	36, // 40: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
-	37, // 41: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
-	28, // 42: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
-	38, // 43: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
-	0,  // 44: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
-	31, // 45: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
-	2,  // 46: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
-	30, // 47: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
-	42, // 48: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
-	42, // 49: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
-	3,  // 50: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
-	5,  // 51: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
-	7,  // 52: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
-	9,  // 53: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
-	11, // 54: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
-	13, // 55: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
-	16, // 56: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
-	18, // 57: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
-	22, // 58: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
-	25, // 59: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
-	4,  // 60: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
-	6,  // 61: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
-	8,  // 62: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
-	10, // 63: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
-	12, // 64: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
-	15, // 65: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
-	17, // 66: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
-	19, // 67: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
-	23, // 68: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
-	26, // 69: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
-	60, // [60:70] is the sub-list for method output_type
-	50, // [50:60] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	44, // 32: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
+	44, // 33: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
+	34, // 34: kiln.agent.v1.StepResult.usage:type_name -> kiln.agent.v1.StepUsage
+	33, // 35: kiln.agent.v1.StepNetwork.reached:type_name -> kiln.agent.v1.StepContact
+	33, // 36: kiln.agent.v1.StepNetwork.refused:type_name -> kiln.agent.v1.StepContact
+	46, // 37: kiln.agent.v1.StepUsage.cpu:type_name -> google.protobuf.Duration
+	46, // 38: kiln.agent.v1.StepUsage.throttled:type_name -> google.protobuf.Duration
+	32, // 39: kiln.agent.v1.StepUsage.network:type_name -> kiln.agent.v1.StepNetwork
+	44, // 40: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	36, // 41: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
+	37, // 42: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
+	38, // 43: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
+	39, // 44: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
+	28, // 45: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
+	40, // 46: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
+	0,  // 47: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
+	31, // 48: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
+	2,  // 49: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
+	30, // 50: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
+	44, // 51: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
+	44, // 52: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
+	3,  // 53: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
+	5,  // 54: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
+	7,  // 55: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
+	9,  // 56: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
+	11, // 57: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
+	13, // 58: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
+	16, // 59: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
+	18, // 60: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
+	22, // 61: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
+	25, // 62: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
+	4,  // 63: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
+	6,  // 64: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
+	8,  // 65: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
+	10, // 66: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
+	12, // 67: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
+	15, // 68: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
+	17, // 69: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
+	19, // 70: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
+	23, // 71: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
+	26, // 72: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
+	63, // [63:73] is the sub-list for method output_type
+	53, // [53:63] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3402,7 +3585,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*UploadSourceRequest_Header)(nil),
 		(*UploadSourceRequest_Data)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[30].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[32].OneofWrappers = []any{
 		(*Event_Status)(nil),
 		(*Event_Step)(nil),
 		(*Event_Log)(nil),
@@ -3416,7 +3599,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   37,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -176,8 +176,11 @@ type BuildSpec struct {
 	Pull bool `protobuf:"varint,17,opt,name=pull,proto3" json:"pull,omitempty"`
 	// Time stamp of what the build makes, in seconds since 1970; 0: not set.
 	SourceDateEpoch int64 `protobuf:"varint,18,opt,name=source_date_epoch,json=sourceDateEpoch,proto3" json:"source_date_epoch,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// All that steps may connect to, of what policy permits; none: all of that. Each is a
+	// CIDR, an IP address, a host name or "*." and a domain, with ":" and a port if need be.
+	Destinations  []string `protobuf:"bytes,19,rep,name=destinations,proto3" json:"destinations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildSpec) Reset() {
@@ -345,6 +348,13 @@ func (x *BuildSpec) GetSourceDateEpoch() int64 {
 		return x.SourceDateEpoch
 	}
 	return 0
+}
+
+func (x *BuildSpec) GetDestinations() []string {
+	if x != nil {
+		return x.Destinations
+	}
+	return nil
 }
 
 type isBuildSpec_Strategy interface {
@@ -2125,7 +2135,7 @@ var File_api_agent_v1_spec_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_spec_proto_rawDesc = "" +
 	"\n" +
-	"\x17api/agent/v1/spec.proto\x12\rkiln.agent.v1\x1a\x1egoogle/protobuf/duration.proto\"\x90\b\n" +
+	"\x17api/agent/v1/spec.proto\x12\rkiln.agent.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb4\b\n" +
 	"\tBuildSpec\x12-\n" +
 	"\x06source\x18\x01 \x01(\v2\x15.kiln.agent.v1.SourceR\x06source\x12C\n" +
 	"\n" +
@@ -2149,7 +2159,8 @@ const file_api_agent_v1_spec_proto_rawDesc = "" +
 	"\fattestations\x18\x0f \x03(\v2*.kiln.agent.v1.BuildSpec.AttestationsEntryR\fattestations\x12\x19\n" +
 	"\bno_cache\x18\x10 \x01(\bR\anoCache\x12\x12\n" +
 	"\x04pull\x18\x11 \x01(\bR\x04pull\x12*\n" +
-	"\x11source_date_epoch\x18\x12 \x01(\x03R\x0fsourceDateEpoch\x1a9\n" +
+	"\x11source_date_epoch\x18\x12 \x01(\x03R\x0fsourceDateEpoch\x12\"\n" +
+	"\fdestinations\x18\x13 \x03(\tR\fdestinations\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a?\n" +

@@ -61,6 +61,7 @@ type BuildList struct {
 // +kubebuilder:validation:XValidation:rule="self.serviceAccountName == oldSelf.serviceAccountName",message="serviceAccountName cannot change",fieldPath=.serviceAccountName
 // +kubebuilder:validation:XValidation:rule="self.onNodeLoss == oldSelf.onNodeLoss",message="onNodeLoss cannot change",fieldPath=.onNodeLoss
 // +kubebuilder:validation:XValidation:rule="has(self.attestations) == has(oldSelf.attestations) && (!has(self.attestations) || self.attestations == oldSelf.attestations)",message="attestations cannot change",fieldPath=.attestations
+// +kubebuilder:validation:XValidation:rule="has(self.destinations) == has(oldSelf.destinations)",message="destinations cannot change",fieldPath=.destinations
 // +kubebuilder:validation:XValidation:rule="has(self.platforms) == has(oldSelf.platforms) && (!has(self.platforms) || self.platforms == oldSelf.platforms)",message="platforms cannot change",fieldPath=.platforms
 // +kubebuilder:validation:XValidation:rule="has(self.cache) == has(oldSelf.cache) && (!has(self.cache) || self.cache == oldSelf.cache)",message="cache cannot change",fieldPath=.cache
 // +kubebuilder:validation:XValidation:rule="has(self.noCache) == has(oldSelf.noCache) && (!has(self.noCache) || self.noCache == oldSelf.noCache)",message="noCache cannot change",fieldPath=.noCache
@@ -115,6 +116,16 @@ type BuildSpec struct {
 	// What steps can reach. Unset: the default of the namespace's SandboxPolicy, else Egress.
 	// +optional
 	Network *NetworkMode `json:"network,omitempty"`
+	// All that steps may connect to, of what policy permits, written as in a SandboxPolicy's
+	// network.destinations.allow. Unset: all of that.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=261
+	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="destinations cannot change"
+	Destinations []string `json:"destinations,omitempty"`
 	// Limits of each step; the agent reserves them for the build.
 	// +optional
 	Resources *Resources `json:"resources,omitempty"`

@@ -117,6 +117,36 @@ type NetworkRules struct {
 	// The network of builds that name none.
 	// +optional
 	Default *NetworkMode `json:"default,omitempty"`
+	// What builds may connect to.
+	// +optional
+	Destinations *DestinationRules `json:"destinations,omitempty"`
+}
+
+// DestinationRules are rules about what builds may connect to: their steps, and what
+// fetches sources and images for them. The node, its cluster's Pods and Services as the
+// agent knows them, link-local addresses and metadata services are always denied, except
+// what a policy's list names: an address or CIDR that lies within what is denied.
+type DestinationRules struct {
+	// All that may be reached: CIDRs ("198.51.100.0/24"), addresses, host names
+	// ("deb.debian.org") and domains of which the subdomains are meant ("*.example.org"),
+	// each with a port if need be ("deb.debian.org:80", "[2001:db8::1]:443"). Only these
+	// names are resolved. Unset: all that is not denied.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=261
+	// +kubebuilder:validation:items:Pattern=`^((\*\.)?[A-Za-z0-9_.-]+(:[0-9]{1,5})?|[0-9.]+/[0-9]{1,2}(:[0-9]{1,5})?|[0-9A-Fa-f:.]+(/[0-9]{1,3})?|\[[0-9A-Fa-f:.]+(/[0-9]{1,3})?\]:[0-9]{1,5})$`
+	Allow []string `json:"allow,omitempty"`
+	// CIDRs and addresses that may not be reached, besides those that always are denied.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=64
+	// +kubebuilder:validation:items:Pattern=`^[0-9A-Fa-f:.]+(/[0-9]{1,3})?$`
+	Deny []string `json:"deny,omitempty"`
 }
 
 // RegistryRules are rules about registries. A pattern is a host

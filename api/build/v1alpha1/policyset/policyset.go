@@ -67,6 +67,9 @@ func Rules(p *v1alpha1.SandboxPolicy) policy.Rules {
 			r.Networks = append(r.Networks, strings.ToLower(string(mode)))
 		}
 		r.DefaultNetwork = strings.ToLower(text(n.Default))
+		if d := n.Destinations; d != nil {
+			r.Destinations = policy.Destinations{Allow: d.Allow, Deny: d.Deny}
+		}
 	}
 	if reg := p.Spec.Registries; reg != nil {
 		r.Pull, r.Push = reg.Pull, reg.Push
