@@ -131,6 +131,32 @@ func (l Limits) Validate() error {
 	return nil
 }
 
+// softOpenFiles is how many files a process may have open until it asks for more, as
+// programs that close all descriptors expect.
+const softOpenFiles = 1024
+
+// Hold returns p with the resource limits that l has for each process: those of p that
+// are within l, and one of open files in any case, so that what the agent may open is
+// nothing that a step inherits.
+func (l Limits) Hold(p Process) Process {
+	most := uint64(DefaultOpenFiles)
+	if l.OpenFiles > 0 {
+		most = uint64(l.OpenFiles)
+	}
+	held := []Rlimit{{Type: rlimitOpenFiles, Soft: min(softOpenFiles, most), Hard: most}}
+	for _, r := range p.Rlimits {
+		if r.Type == rlimitOpenFiles {
+			held[0] = Rlimit{Type: r.Type, Soft: min(r.Soft, most), Hard: min(r.Hard, most)}
+		} else {
+			held = append(held, r)
+		}
+	}
+	p.Rlimits = held
+	return p
+}
+
+const rlimitOpenFiles = "RLIMIT_NOFILE"
+
 // ReachedError is the cause for which a runtime ends a step that has run into a limit.
 type ReachedError struct{ Limit Limit }
 

@@ -40,7 +40,7 @@ func BaseSpec(step *Step, p Process, ids UserIDs, netns string, noNewPrivs bool)
 	s := &specs.Spec{
 		Version:  "1.2.0",
 		Hostname: hostname,
-		Process:  ProcessSpec(p, ids, noNewPrivs),
+		Process:  ProcessSpec(step.Limits.Hold(p), ids, noNewPrivs),
 		Root:     &specs.Root{Readonly: step.ReadonlyRoot},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
@@ -63,7 +63,7 @@ func BaseSpec(step *Step, p Process, ids UserIDs, netns string, noNewPrivs bool)
 	return s
 }
 
-// ProcessSpec returns the process part of an OCI runtime spec.
+// ProcessSpec returns the process part of an OCI runtime spec. Limits.Hold has passed p.
 func ProcessSpec(p Process, ids UserIDs, noNewPrivs bool) *specs.Process {
 	sp := &specs.Process{
 		Args: p.Args, Env: p.Env, Cwd: p.Cwd, Terminal: p.Terminal,
@@ -77,10 +77,6 @@ func ProcessSpec(p Process, ids UserIDs, noNewPrivs bool) *specs.Process {
 	}
 	for _, r := range p.Rlimits {
 		sp.Rlimits = append(sp.Rlimits, specs.POSIXRlimit{Type: r.Type, Soft: r.Soft, Hard: r.Hard})
-	}
-	if len(p.Rlimits) == 0 {
-		// What the agent may open is nothing that a step should inherit.
-		sp.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 1 << 20}}
 	}
 	if ids.UID != 0 {
 		// Capabilities would otherwise survive the change of user at start.

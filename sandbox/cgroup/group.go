@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -109,6 +110,23 @@ func homes() (map[string]string, error) {
 		out[h.key()] = h.home
 	}
 	return out, nil
+}
+
+// Processes returns the IDs of the group's processes that this process can see.
+func (g *Group) Processes() (pids []int, err error) {
+	if len(g.members) == 0 {
+		return nil, os.ErrClosed
+	}
+	data, err := os.ReadFile(g.members[0].file("cgroup.procs"))
+	if err != nil {
+		return nil, fmt.Errorf("list processes of a step: %w", err)
+	}
+	for _, line := range strings.Fields(string(data)) {
+		if pid, err := strconv.Atoi(line); err == nil && pid > 0 {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
 }
 
 // Add moves a process with all its threads into the group. What it uses already stays

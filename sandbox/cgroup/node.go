@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// controllers are those that limit and count what steps use. The last only counts, and
-// is part of cpu in version 2.
-var controllers = []string{"cpu", "memory", "pids", "cpuacct"}
+// controllers are those that limit and count what steps use. The last three only count:
+// cpuacct is part of cpu in version 2, and blkio is called io there.
+var controllers = []string{"cpu", "memory", "pids", "cpuacct", "blkio", "io"}
 
 // Node is the cgroup hierarchies of the node. Its methods may be called concurrently.
 type Node struct {

@@ -32,11 +32,15 @@ func (g *Group) Usage() (sandbox.Usage, error) {
 		errs = append(errs, err)
 		return n * scale
 	}
+	u.ThrottledTime = time.Duration(count("cpu", "cpu.stat", "throttled_time", "cpu.stat", "throttled_usec", 1000))
 	u.Throttled = count("cpu", "cpu.stat", "nr_throttled", "cpu.stat", "nr_throttled", 1)
 	// Version 1 counts nanoseconds, version 2 microseconds.
 	cpu := count("cpuacct", "cpuacct.usage", "", "", "", 1) + count("cpu", "", "", "cpu.stat", "usage_usec", 1000)
 	u.CPU = time.Duration(cpu)
 	u.PeakMemory = count("memory", "memory.max_usage_in_bytes", "", "memory.peak", "", 1)
+	var err error
+	u.IORead, u.IOWrite, err = g.transferred()
+	errs = append(errs, err)
 	if err := errors.Join(errs...); err != nil {
 		return u, fmt.Errorf("read usage of a step: %w", err)
 	}
@@ -78,6 +82,43 @@ func (g *Group) Account(res *sandbox.Result) error {
 	}
 	res.Usage, err = g.Usage()
 	return err
+}
+
+// transferred returns what was read from and written to disks, in bytes. Version 1 knows
+// of no writes that pass through memory.
+func (g *Group) transferred() (read, written int64, err error) {
+	name, m, ok := "io.stat", member{}, false
+	if m, ok = g.with("io"); !ok {
+		if m, ok = g.with("blkio"); !ok {
+			return 0, 0, nil
+		}
+		name = "blkio.throttle.io_service_bytes"
+	}
+	text, err := m.read(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, nil
+	}
+	read, written = transfers(text)
+	return read, written, err
+}
+
+// transfers sums up the bytes of all disks in a file of either version: lines such as
+// "8:0 rbytes=1 wbytes=2", or "8:0 Read 1" and "8:0 Write 2".
+func transfers(text string) (read, written int64) {
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(strings.ReplaceAll(line, "=", " "))
+		for i := 1; i+1 < len(fields); i += 2 {
+			n, err := strconv.ParseInt(fields[i+1], 10, 64)
+			switch {
+			case err != nil: // the first page ends here
+			case fields[i] == "rbytes" || fields[i] == "Read":
+				read += n
+			case fields[i] == "wbytes" || fields[i] == "Write":
+				written += n
+			}
+		}
+	}
+	return read, written
 }
 
 // count reads a number: all of a file, or that after key. A file or key that the

@@ -170,6 +170,8 @@ type startArgs struct {
 type mountConf struct {
 	Lower int `json:"lower"`
 	Upper int `json:"upper"`
+	// Size has options that bound what is above, beginning with its size.
+	Size string `json:"size,omitempty"`
 }
 
 // Values of mountConf.

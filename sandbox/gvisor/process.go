@@ -223,14 +223,9 @@ func (s *stepRun) startContainer(ctx context.Context, guest []*os.File) (int32, 
 	if s.step.Process.Terminal {
 		files = files[:1]
 	}
-	if s.overlaid() && !s.readonly {
-		store, err := s.filestore()
-		if err != nil {
-			return 0, err
-		}
-		defer store.Close()
+	if s.store != nil {
 		args.NumGoferFilestoreFDs = 1
-		files = append(files, store)
+		files = append(files, s.store)
 	}
 	files = append(files, s.conns...)
 	if len(files) > maxCallFiles {

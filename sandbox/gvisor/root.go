@@ -51,13 +51,13 @@ func (s *stepRun) showRoot() error {
 		if err != nil {
 			return err
 		}
-		s.conns, s.confs = append(s.conns, m.conn), append(s.confs, mountConf{lowerServed, upperNone})
+		s.conns, s.confs = append(s.conns, m.conn), append(s.confs, mountConf{Lower: lowerServed, Upper: upperNone})
 		return s.show(s.rootfs, m, false)
 	}
 	m := s.box.files.root
-	conf := mountConf{lowerServed, upperNone}
+	conf := mountConf{Lower: lowerServed, Upper: upperNone}
 	if !s.readonly {
-		conf.Upper = upperPrivate
+		conf.Upper, conf.Size = upperPrivate, sizeOf(s.step.Limits)
 	}
 	s.conns, s.confs = append(s.conns, m.conn), append(s.confs, conf)
 	return s.show(s.rootfs, m, true)
@@ -88,18 +88,22 @@ func (s *stepRun) show(path string, at slot, readonly bool) error {
 	return nil
 }
 
-// filestore makes the file that backs what the step writes to its root. It has no
-// name: its space is free when the sandbox has ended.
-func (s *stepRun) filestore() (*os.File, error) {
+// makeStore makes the file that backs what the step writes to its root, if it may. It
+// has no name: its space is free when the sandbox has ended.
+func (s *stepRun) makeStore() error {
+	if !s.overlaid() || s.readonly {
+		return nil
+	}
 	f, err := os.CreateTemp(s.box.dir, "writes")
 	if err != nil {
-		return nil, fmt.Errorf("make a file for writes: %w", err)
+		return fmt.Errorf("make a file for writes: %w", err)
 	}
+	s.store = f
+	s.defers = append(s.defers, f.Close)
 	if err := os.Remove(f.Name()); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("make a file for writes: %w", err)
+		return fmt.Errorf("make a file for writes: %w", err)
 	}
-	return f, nil
+	return nil
 }
 
 // copyRootAttrs makes the scratch layer's root like the one that it hides.

@@ -51,7 +51,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	return res, errors.Join(s.account(res), s.contacts(res))
+	return res, s.contacts(res)
 }
 
 // run runs the step in its sandbox.
@@ -65,11 +65,25 @@ func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, err
 	if err := s.prepare(); err != nil {
 		return nil, err
 	}
-	res, err := s.runProcess(ctx, started)
+	if err := s.makeStore(); err != nil {
+		return nil, err
+	}
+	watched, w, err := s.watch(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return res, s.collect(ctx)
+	defer w.Stop()
+	res, err := s.runProcess(watched, started)
+	if err != nil {
+		var ended bool
+		if res, ended = sandbox.EndedBy(err); !ended || ctx.Err() != nil {
+			return nil, err
+		}
+		s.box.kill() // it is not asked for what the step wrote
+	} else if err := s.collect(ctx); err != nil {
+		return nil, err
+	}
+	return res, s.conclude(res, w)
 }
 
 // explain says so when err comes from the end of the sandbox.
@@ -99,6 +113,10 @@ type stepRun struct {
 	spec  *specs.Spec
 	confs []mountConf
 	conns []*os.File
+	// store backs what the step writes to its root; nil: nothing does.
+	store *os.File
+	// wrote is how much that was when the step had ended.
+	wrote sandbox.Usage
 	// defers release things when the sandbox has ended, the last first.
 	defers []func() error
 	copies *stdio
@@ -142,7 +160,8 @@ func (s *stepRun) collect(ctx context.Context) error {
 		sent <- err
 	}()
 	lower := s.step.Root.Lower
-	err = upper.Apply(ctx, s.step.Root.Upper, r, upper.Options{Lower: lower})
+	size, err := upper.Apply(ctx, s.step.Root.Upper, r, upper.Options{Lower: lower})
+	s.wrote.DiskBytes, s.wrote.Inodes = size.Bytes, size.Inodes
 	if err == nil {
 		// The stream is padded; the sandbox has to get rid of all of it.
 		_, err = io.Copy(io.Discard, r)

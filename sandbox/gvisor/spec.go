@@ -183,7 +183,7 @@ func (s *stepRun) showMounts() error {
 		if err := s.show(m.Source, at, slices.Contains(m.Options, "ro")); err != nil {
 			return fmt.Errorf("mount at %s: %w", m.Destination, err)
 		}
-		s.conns, s.confs = append(s.conns, at.conn), append(s.confs, mountConf{lowerServed, upperNone})
+		s.conns, s.confs = append(s.conns, at.conn), append(s.confs, mountConf{Lower: lowerServed, Upper: upperNone})
 		m.Source = "/"
 	}
 	return nil

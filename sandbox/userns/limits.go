@@ -1,15 +1,18 @@
 package userns
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/cgroup"
 	"github.com/kiln-build/kiln/sandbox/userns/script"
+	"github.com/kiln-build/kiln/sandbox/watch"
 )
 
 // openCgroups opens the hierarchies that sandboxes need. Processes are born into the
@@ -59,3 +62,27 @@ func tooSmall(err error) (*sandbox.Result, bool) {
 	}
 	return nil, false
 }
+
+// watch starts to watch a step that is about to run in c.
+func (r *Runtime) watch(ctx context.Context, c *cell, step *sandbox.Step) (context.Context, *watch.Watch, error) {
+	return watch.Start(ctx, watch.Config{Limits: step.Limits, Step: step, Processes: c.cgroup.Processes})
+}
+
+// conclude completes the result of a step that has run in c, of which no process is
+// left.
+func conclude(res *sandbox.Result, c *cell, w *watch.Watch) error {
+	w.Stop()
+	if err := c.cgroup.Account(res); err != nil {
+		return err
+	}
+	if used, ok := c.state.SysUsage().(*syscall.Rusage); ok {
+		// Cgroups of version 1 do not count writes that pass through memory.
+		res.Usage.IORead = max(res.Usage.IORead, blockSize*used.Inblock)
+		res.Usage.IOWrite = max(res.Usage.IOWrite, blockSize*used.Oublock)
+	}
+	w.Account(res, sandbox.Usage{})
+	return nil
+}
+
+// blockSize is the unit of I/O in a process's usage, in bytes.
+const blockSize = 512

@@ -272,8 +272,39 @@ var rlimits = map[string]int{
 }
 
 // processOf returns the spec of a process of a step.
-func processOf(p sandbox.Process, user sandbox.UserIDs, noNewPrivs bool) *specs.Process {
-	sp := sandbox.ProcessSpec(p, user, noNewPrivs)
-	clampDefaults(sp, p)
+func processOf(p sandbox.Process, l sandbox.Limits, user sandbox.UserIDs, noNewPrivs bool) *specs.Process {
+	sp := sandbox.ProcessSpec(hold(p, l), user, noNewPrivs)
+	clamp(sp)
 	return sp
+}
+
+// hold returns p with the resource limits of l. No file of a step can become larger
+// than all of them together may be.
+func hold(p sandbox.Process, l sandbox.Limits) sandbox.Process {
+	p = l.Hold(p)
+	if l.DiskBytes == 0 {
+		return p
+	}
+	const fileSize = "RLIMIT_FSIZE"
+	most := uint64(l.DiskBytes)
+	for i, r := range p.Rlimits {
+		if r.Type == fileSize {
+			p.Rlimits[i].Soft, p.Rlimits[i].Hard = min(r.Soft, most), min(r.Hard, most)
+			return p
+		}
+	}
+	p.Rlimits = append(p.Rlimits, sandbox.Rlimit{Type: fileSize, Soft: most, Hard: most})
+	return p
+}
+
+// clamp lowers the limit of open files to what this process may give: without
+// CAP_SYS_RESOURCE none above its own.
+func clamp(sp *specs.Process) {
+	for i, l := range sp.Rlimits {
+		var own unix.Rlimit
+		if l.Type == "RLIMIT_NOFILE" && unix.Getrlimit(unix.RLIMIT_NOFILE, &own) == nil {
+			sp.Rlimits[i].Hard = min(l.Hard, own.Max)
+			sp.Rlimits[i].Soft = min(l.Soft, own.Max)
+		}
+	}
 }

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
@@ -138,6 +137,11 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err := c.restrict(step.Egress); err != nil {
 		return nil, fmt.Errorf("prepare step %s: %w", step.ID, err)
 	}
+	watched, w, err := r.watch(ctx, c, step)
+	if err != nil {
+		return nil, fmt.Errorf("prepare step %s: %w", step.ID, err)
+	}
+	owned.add(func() error { w.Stop(); return nil })
 	if err := c.cgroup.Limit(step.Limits); err != nil {
 		if res, ok := tooSmall(err); ok {
 			return res, nil
@@ -163,10 +167,13 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if started != nil {
 		started()
 	}
-	if res, err = supervise(ctx, c.child, step.Process, streams); err != nil {
-		return nil, fmt.Errorf("run step %s: %w", step.ID, err)
+	if res, err = supervise(watched, c.child, step.Process, streams); err != nil {
+		var ended bool
+		if res, ended = sandbox.EndedBy(err); !ended || ctx.Err() != nil {
+			return nil, fmt.Errorf("run step %s: %w", step.ID, err)
+		}
 	}
-	if err := errors.Join(c.cgroup.Account(res), c.contacts(res)); err != nil {
+	if err := errors.Join(conclude(res, c, w), c.contacts(res)); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
 	return res, nil
@@ -236,7 +243,7 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 		}
 		e.places = append(e.places, place{mount, m.Destination})
 	}
-	prog, err := r.newProgram(step.Process, rootfs, run.facts)
+	prog, err := r.newProgram(step.Process, step.Limits, rootfs, run.facts)
 	if err != nil {
 		return nil, err
 	}
@@ -244,7 +251,7 @@ func (r *Runtime) prepare(c *cell, run *running, dir string, streams *streams) (
 }
 
 // newProgram returns the program of a process in the root at rootfs.
-func (r *Runtime) newProgram(process sandbox.Process, rootfs string, f *facts) (program, error) {
+func (r *Runtime) newProgram(process sandbox.Process, l sandbox.Limits, rootfs string, f *facts) (program, error) {
 	user, err := f.user(rootfs, process.User)
 	if err != nil {
 		return program{}, err
@@ -253,7 +260,7 @@ func (r *Runtime) newProgram(process sandbox.Process, rootfs string, f *facts) (
 	if err != nil {
 		return program{}, err
 	}
-	return newProgram(processOf(process, user.ids, !f.setuid), user.home, filter)
+	return newProgram(processOf(process, l, user.ids, !f.setuid), user.home, filter)
 }
 
 // etcFiles makes the step's own files below /etc in dir, and mounts of them.
@@ -326,7 +333,7 @@ func (r *Runtime) enter(ctx context.Context, run *running, process sandbox.Proce
 	rootfs := pathOf(run.mounts[0].File)
 	// The step may have changed its users since it started.
 	now := &facts{setuid: run.facts.setuid, foreign: run.facts.foreign, users: map[string]account{}}
-	prog, err := r.newProgram(process, rootfs, now)
+	prog, err := r.newProgram(process, run.step.Limits, rootfs, now)
 	if err != nil {
 		return nil, err
 	}
@@ -361,18 +368,3 @@ func (r *Runtime) enter(ctx context.Context, run *running, process sandbox.Proce
 
 // pathOf returns a path of what a descriptor is for.
 func pathOf(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
-
-// clampDefaults lowers limits that nobody asked for to what this process may give:
-// without CAP_SYS_RESOURCE none above its own.
-func clampDefaults(spec *specs.Process, p sandbox.Process) {
-	if len(p.Rlimits) > 0 {
-		return
-	}
-	for i, l := range spec.Rlimits {
-		var own unix.Rlimit
-		if l.Type == "RLIMIT_NOFILE" && unix.Getrlimit(unix.RLIMIT_NOFILE, &own) == nil {
-			spec.Rlimits[i].Hard = min(l.Hard, own.Max)
-			spec.Rlimits[i].Soft = min(l.Soft, own.Max)
-		}
-	}
-}

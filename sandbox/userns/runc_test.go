@@ -44,7 +44,7 @@ func inRunc(t *testing.T, step *sandbox.Step, noNewPrivs, foreign bool, up func(
 	ids, err := sandbox.ResolveUser(rootfs, step.Process.User)
 	require.NoError(t, err)
 	spec := sandbox.BaseSpec(step, step.Process, ids, "", noNewPrivs)
-	clampDefaults(spec.Process, step.Process)
+	clamp(spec.Process)
 	if !foreign {
 		spec.Linux.Seccomp.Architectures = nil
 	}

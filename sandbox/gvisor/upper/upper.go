@@ -34,39 +34,46 @@ type Options struct {
 
 const opaqueXattr = "trusted.overlay.opaque"
 
+// Size is how much a stream holds.
+type Size struct {
+	// Bytes is the content of all files in whole pages, Inodes the number of files,
+	// directories and so on.
+	Bytes, Inodes int64
+}
+
 // Apply reads a tar stream from r and writes it into the directory dir. On error
 // the directory holds a part of the stream.
-func Apply(ctx context.Context, dir string, r io.Reader, opts Options) error {
+func Apply(ctx context.Context, dir string, r io.Reader, opts Options) (Size, error) {
 	root, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_RDONLY, 0)
 	if err != nil {
-		return fmt.Errorf("open upper directory %s: %w", dir, err)
+		return Size{}, fmt.Errorf("open upper directory %s: %w", dir, err)
 	}
 	a := &applier{root: root, dirFD: -1, seen: map[string]bool{}, whiteouts: map[string]bool{}}
 	defer a.close()
 	for _, l := range opts.Lower {
 		fd, err := unix.Open(l, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return fmt.Errorf("open layer %s: %w", l, err)
+			return Size{}, fmt.Errorf("open layer %s: %w", l, err)
 		}
 		a.lower = append(a.lower, fd)
 	}
 	tr := tar.NewReader(r)
 	for {
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return a.size, context.Cause(ctx)
 		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("read the sandbox's upper layer: %w", err)
+			return a.size, fmt.Errorf("read the sandbox's upper layer: %w", err)
 		}
 		if err := a.entry(h, tr); err != nil {
-			return fmt.Errorf("write %q of the sandbox's upper layer: %w", clip(h.Name), err)
+			return a.size, fmt.Errorf("write %q of the sandbox's upper layer: %w", clip(h.Name), err)
 		}
 	}
-	return a.finish()
+	return a.size, a.finish()
 }
 
 type dirTime struct {
@@ -88,6 +95,7 @@ type applier struct {
 	// each other.
 	whiteouts map[string]bool
 	buf       []byte
+	size      Size
 }
 
 func (a *applier) close() {
@@ -157,6 +165,9 @@ func (a *applier) entry(h *tar.Header, content io.Reader) error {
 		}
 	}
 	a.seen[name] = true
+	if h.Typeflag != tar.TypeLink {
+		a.size.Inodes++
+	}
 	switch h.Typeflag {
 	case tar.TypeDir:
 		return a.directory(dir, base, name, h)
@@ -303,6 +314,7 @@ func (a *applier) content(f *os.File, h *tar.Header, content io.Reader) error {
 	}
 	end := int64(0)
 	for _, p := range parts {
+		a.size.Bytes += (p.length + pageSize - 1) / pageSize * pageSize
 		for off := p.offset; off < p.offset+p.length; {
 			n := min(p.offset+p.length-off, int64(len(a.buf)))
 			// The reader tells when the stream ends within the file.
@@ -325,6 +337,9 @@ func (a *applier) content(f *os.File, h *tar.Header, content io.Reader) error {
 }
 
 var zeros [128 << 10]byte
+
+// pageSize is the unit in which the sandbox keeps content, in bytes.
+const pageSize = 4096
 
 func (a *applier) link(dir int, base, name string, h *tar.Header) error {
 	target, err := cleanName(h.Linkname)

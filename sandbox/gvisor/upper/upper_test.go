@@ -73,7 +73,8 @@ func newDirs(t testing.TB) dirs {
 }
 
 func (d dirs) apply(t testing.TB, entries ...entry) error {
-	return Apply(context.Background(), d.upper, bytes.NewReader(stream(t, entries...)), Options{Lower: []string{d.lower}})
+	_, err := Apply(context.Background(), d.upper, bytes.NewReader(stream(t, entries...)), Options{Lower: []string{d.lower}})
+	return err
 }
 
 func TestAttributes(t *testing.T) {
@@ -188,7 +189,7 @@ func TestHostile(t *testing.T) {
 func TestTruncatedAndDeep(t *testing.T) {
 	d := newDirs(t)
 	data := stream(t, dirEntry("./"), fileEntry("./f", strings.Repeat("x", 4096)))
-	err := Apply(context.Background(), d.upper, bytes.NewReader(data[:2048]), Options{})
+	_, err := Apply(context.Background(), d.upper, bytes.NewReader(data[:2048]), Options{})
 	require.Error(t, err)
 
 	d = newDirs(t)
@@ -202,7 +203,8 @@ func TestTruncatedAndDeep(t *testing.T) {
 	require.NoError(t, d.apply(t, entries...))
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	require.ErrorIs(t, Apply(ctx, d.upper, bytes.NewReader(data), Options{}), context.Canceled)
+	_, err = Apply(ctx, d.upper, bytes.NewReader(data), Options{})
+	require.ErrorIs(t, err, context.Canceled)
 }
 
 func TestSparse(t *testing.T) {
@@ -295,7 +297,7 @@ func FuzzApply(f *testing.F) {
 		d := newDirs(t)
 		parent := filepath.Dir(d.upper)
 		require.NoError(t, os.WriteFile(parent+"/secret", []byte("s"), 0o600))
-		_ = Apply(context.Background(), d.upper, bytes.NewReader(data), Options{Lower: []string{d.lower}})
+		_, _ = Apply(context.Background(), d.upper, bytes.NewReader(data), Options{Lower: []string{d.lower}})
 		entries, err := os.ReadDir(parent)
 		require.NoError(t, err)
 		require.Len(t, entries, 3)
