@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
-	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/sandbox/cgroup"
+	"github.com/kiln-build/kiln/sandbox/egress"
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 	"github.com/kiln-build/kiln/sandbox/userns/script"
 )

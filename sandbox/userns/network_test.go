@@ -1,12 +1,14 @@
 package userns
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/egress"
+	"github.com/kiln-build/kiln/sandbox/netns/netnstest"
 )
 
 // oneNetwork hands out namespaces with nothing but a loopback device.
@@ -62,6 +65,38 @@ func TestNetworkOfTheNode(t *testing.T) {
 	require.Contains(t, out, "nameserver 192.0.2.53\n")
 	require.Contains(t, out, "192.0.2.7\tdb\n")
 	require.Contains(t, out, "\nlo\nrefused\n", "it sees the devices of its own network only, and cannot write")
+}
+
+func TestNetworkEgress(t *testing.T) {
+	if !netnstest.InNode(t) {
+		return
+	}
+	netnstest.World(t)
+	cfg := testConfig(filepath.Join(openDir(t), "state"))
+	cfg.Networks = netnstest.Networks(t, netnstest.Allow(t))
+	r, err := New(context.Background(), cfg)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, r.Close()) }()
+	for _, c := range netnstest.Cases {
+		t.Run(c.Name, func(t *testing.T) {
+			step := newStep(t, netnstest.Try(append(slices.Clone(c.Yes), c.No...)...))
+			step.Network = sandbox.NetworkEgress
+			if c.Allow != nil {
+				step.Egress = netnstest.Allow(t, c.Allow...)
+			}
+			var out bytes.Buffer
+			step.Process.Stdout = &out
+			res, err := r.Run(context.Background(), step, nil)
+			require.NoError(t, err)
+			for _, d := range c.Yes {
+				require.Contains(t, out.String(), "yes "+d+"\n")
+			}
+			for _, d := range c.No {
+				require.Contains(t, out.String(), "no "+d+"\n")
+			}
+			require.NotEmpty(t, append(res.Network.Reached.List, res.Network.Refused.List...))
+		})
+	}
 }
 
 func TestStepSeesNothingOfTheNode(t *testing.T) {
