@@ -57,25 +57,49 @@ func least(a, b int64) int64 {
 }
 
 // exitError turns the end of a process into the error that BuildKit's clients know, or
-// nil when its exit code is one of valid (only 0 when valid is nil). Package failure
-// knows these texts.
+// nil when its exit code is one of valid (only 0 when valid is nil) and no limit has ended
+// it. Package failure knows these texts.
 func exitError(ctx context.Context, res *sandbox.Result, l sandbox.Limits, valid []int) error {
 	if valid == nil {
 		valid = []int{0}
 	}
-	if slices.Contains(valid, res.ExitCode) {
+	if slices.Contains(valid, res.ExitCode) && res.EndedBy == "" {
 		return nil
 	}
 	exit := &gatewayapi.ExitError{ExitCode: uint32(res.ExitCode)}
 	switch {
 	case ctx.Err() != nil:
 		exit.Err = context.Cause(ctx)
-	case res.Has(sandbox.LimitMemory) && l.MemoryBytes > 0:
-		exit.Err = fmt.Errorf("exit code: %d: out of memory: the limit of %s was reached", res.ExitCode, units.BytesSize(float64(l.MemoryBytes)))
-	case res.Has(sandbox.LimitMemory):
-		exit.Err = fmt.Errorf("exit code: %d: out of memory: the node has none left for the step", res.ExitCode)
-	case res.Has(sandbox.LimitPIDs):
-		exit.Err = fmt.Errorf("exit code: %d: the limit of %d processes and threads was reached", res.ExitCode, l.PIDs)
+	case res.EndedBy != "":
+		exit.Err = reached(res, res.EndedBy, l)
+	default:
+		// Of several the one that most surely is why the process failed.
+		for _, by := range []sandbox.Limit{sandbox.LimitMemory, sandbox.LimitDisk, sandbox.LimitInodes, sandbox.LimitPIDs} {
+			if res.Has(by) {
+				exit.Err = reached(res, by, l)
+				break
+			}
+		}
 	}
 	return exit
+}
+
+// reached says that a step failed for a limit.
+func reached(res *sandbox.Result, by sandbox.Limit, l sandbox.Limits) error {
+	code := fmt.Sprintf("exit code: %d: ", res.ExitCode)
+	switch {
+	case by == sandbox.LimitMemory && l.MemoryBytes > 0:
+		return fmt.Errorf("%sout of memory: the limit of %s was reached", code, units.BytesSize(float64(l.MemoryBytes)))
+	case by == sandbox.LimitMemory:
+		return fmt.Errorf("%sout of memory: the node has none left for the step", code)
+	case by == sandbox.LimitPIDs:
+		return fmt.Errorf("%sthe limit of %d processes and threads was reached", code, l.PIDs)
+	case by == sandbox.LimitDisk:
+		return fmt.Errorf("%sout of disk: the limit of %s was reached", code, units.BytesSize(float64(l.DiskBytes)))
+	case by == sandbox.LimitInodes:
+		return fmt.Errorf("%sout of disk: the limit of %d files was reached", code, l.Inodes)
+	case by == sandbox.LimitTimeout:
+		return fmt.Errorf("%stimed out: the limit of %s was reached", code, l.Timeout)
+	}
+	return fmt.Errorf("%sthe %s limit was reached", code, by)
 }

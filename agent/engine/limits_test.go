@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"testing"
+	"time"
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/stretchr/testify/require"
@@ -56,7 +57,7 @@ func TestLimitsOf(t *testing.T) {
 func TestExitErrorTellsTheLimit(t *testing.T) {
 	ended, end := context.WithCancelCause(context.Background())
 	end(errors.New("somebody ended it"))
-	l := sandbox.Limits{MemoryBytes: 64 << 20, PIDs: 7}
+	l := sandbox.Limits{MemoryBytes: 64 << 20, PIDs: 7, DiskBytes: 1 << 20, Inodes: 99, Timeout: time.Minute}
 	for _, tt := range []struct {
 		ctx  context.Context
 		res  sandbox.Result
@@ -66,6 +67,11 @@ func TestExitErrorTellsTheLimit(t *testing.T) {
 		{context.Background(), sandbox.Result{ExitCode: 137, Reached: []sandbox.Limit{sandbox.LimitMemory}}, l, "exit code: 137: out of memory: the limit of 64MiB was reached"},
 		{context.Background(), sandbox.Result{ExitCode: 1, Reached: []sandbox.Limit{sandbox.LimitMemory}}, sandbox.Limits{}, "exit code: 1: out of memory: the node has none left for the step"},
 		{context.Background(), sandbox.Result{ExitCode: 2, Reached: []sandbox.Limit{sandbox.LimitPIDs}}, l, "exit code: 2: the limit of 7 processes and threads was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 2, Reached: []sandbox.Limit{sandbox.LimitPIDs, sandbox.LimitDisk}}, l, "exit code: 2: out of disk: the limit of 1MiB was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 1, Reached: []sandbox.Limit{sandbox.LimitInodes}}, l, "exit code: 1: out of disk: the limit of 99 files was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 137, EndedBy: sandbox.LimitTimeout, Reached: []sandbox.Limit{sandbox.LimitPIDs, sandbox.LimitTimeout}}, l, "exit code: 137: timed out: the limit of 1m0s was reached"},
+		{context.Background(), sandbox.Result{EndedBy: sandbox.LimitDisk}, l, "exit code: 0: out of disk: the limit of 1MiB was reached"},
+		{context.Background(), sandbox.Result{ExitCode: 2, Reached: []sandbox.Limit{sandbox.LimitLog}}, l, "exit code: 2"},
 		{context.Background(), sandbox.Result{ExitCode: 2}, l, "exit code: 2"},
 		{ended, sandbox.Result{ExitCode: 137, Reached: []sandbox.Limit{sandbox.LimitMemory}}, l, "somebody ended it"},
 	} {

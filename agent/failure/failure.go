@@ -66,13 +66,16 @@ func failedStep(err error, steps Steps) (Step, bool) {
 
 func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.FailureReason {
 	text := err.Error()
+	if exit != nil {
+		for r, says := range limits {
+			if says.MatchString(text) {
+				return r
+			}
+		}
+	}
 	switch {
 	case containsAny(text, "no space left on device", "disk quota exceeded"):
 		return agentv1.FailureReason_FAILURE_REASON_DISK_FULL
-	case exit != nil && outOfMemory.MatchString(text):
-		return agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY
-	case exit != nil && tooManyProcesses.MatchString(text):
-		return agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT
 	case exit != nil && exit.ExitCode != gateway.UnknownExitStatus:
 		return agentv1.FailureReason_FAILURE_REASON_STEP_FAILED
 	case containsAny(text, "is refused:", "are refused:", "is not allowed", "source denied by policy", "denied for builds:", "denied by rule ", "denied by SandboxPolicy ", "entitlement"):
@@ -88,12 +91,14 @@ func reason(err error, exit *gateway.ExitError, step Step, known bool) agentv1.F
 	return byText(err, text)
 }
 
-// What the engine says of a step that ran into a limit, and not what the step's command
-// line has, which is quoted.
-var (
-	outOfMemory      = regexp.MustCompile(`exit code: \d+: out of memory: [^"]*$`)
-	tooManyProcesses = regexp.MustCompile(`exit code: \d+: the limit of \d+ processes and threads was reached$`)
-)
+// limits are what the engine says of a step that a limit has ended, and not what the
+// step's command line has, which is quoted.
+var limits = map[agentv1.FailureReason]*regexp.Regexp{
+	agentv1.FailureReason_FAILURE_REASON_OUT_OF_MEMORY: regexp.MustCompile(`exit code: \d+: out of memory: [^"]*$`),
+	agentv1.FailureReason_FAILURE_REASON_PROCESS_LIMIT: regexp.MustCompile(`exit code: \d+: the limit of \d+ processes and threads was reached$`),
+	agentv1.FailureReason_FAILURE_REASON_DISK_LIMIT:    regexp.MustCompile(`exit code: \d+: out of disk: [^"]*$`),
+	agentv1.FailureReason_FAILURE_REASON_TIMEOUT:       regexp.MustCompile(`exit code: \d+: timed out: [^"]*$`),
+}
 
 var (
 	pushes  = regexp.MustCompile(`^(exporting|pushing|\[auth\] .*push|sending )`)

@@ -170,3 +170,22 @@ func TestForeignTextIsBounded(t *testing.T) {
 	}
 	require.LessOrEqual(t, size, maxResult)
 }
+
+// TestUsageIsToldAtTheEnd has a step whose usage is known, one of the cache and one that
+// runs.
+func TestUsageIsToldAtTheEnd(t *testing.T) {
+	f := newFixture()
+	used := &agentv1.StepUsage{PeakMemoryBytes: 1}
+	f.TellUsage(func(string) *agentv1.StepUsage { return used })
+	f.Add(&client.SolveStatus{Vertexes: []*client.Vertex{{Digest: d1, Name: "one", Started: &began}}})
+	f.Add(&client.SolveStatus{Vertexes: []*client.Vertex{
+		{Digest: d1, Name: "one", Started: &began, Completed: &over},
+		{Digest: d2, Name: "two", Started: &began, Completed: &over, Cached: true},
+	}})
+	evs := f.take(t)
+	require.Len(t, evs, 3)
+	require.Nil(t, evs[0].GetStep().GetStep().GetUsage())
+	require.True(t, proto.Equal(used, evs[1].GetStep().GetStep().GetUsage()))
+	require.Nil(t, evs[2].GetStep().GetStep().GetUsage())
+	require.True(t, proto.Equal(used, f.Results()[0].GetUsage()))
+}

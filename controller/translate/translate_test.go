@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
@@ -75,12 +76,12 @@ func TestSpecOfEverySource(t *testing.T) {
 }
 
 func TestSpecHasWhatPolicyDecided(t *testing.T) {
-	got, err := Spec(specOf(t, `{}`), &inputs.Inputs{}, policy.Request{Class: policy.Userns, Network: policy.NetworkNone, Timeout: time.Minute, Limits: policy.Limits{CPUMillis: 1, MemoryBytes: 2, PIDs: 3, DiskBytes: 4}})
+	got, err := Spec(specOf(t, `{}`), &inputs.Inputs{}, policy.Request{Class: policy.Userns, Network: policy.NetworkNone, Timeout: time.Minute, Limits: policy.Limits{CPUMillis: 1, MemoryBytes: 2, PIDs: 3, DiskBytes: 4, Inodes: 5, OpenFiles: 6, LogBytes: 7, LogRate: 8, ShmBytes: 9, StepTimeout: time.Second}})
 	require.NoError(t, err)
 	require.Equal(t, agentv1.SandboxClass_SANDBOX_CLASS_USERNS, got.Sandbox)
 	require.Equal(t, agentv1.NetworkMode_NETWORK_MODE_NONE, got.Network)
 	require.Equal(t, time.Minute, got.Timeout.AsDuration())
-	require.True(t, proto.Equal(&agentv1.Resources{CpuMillis: 1, MemoryBytes: 2, Pids: 3, DiskBytes: 4}, got.Resources))
+	require.True(t, proto.Equal(&agentv1.Resources{CpuMillis: 1, MemoryBytes: 2, Pids: 3, DiskBytes: 4, Inodes: 5, OpenFiles: 6, LogBytes: 7, LogRate: 8, ShmBytes: 9, StepTimeout: durationpb.New(time.Second)}, got.Resources))
 	for _, r := range []policy.Request{{}, {Class: "runc", Network: policy.NetworkNone}, {Class: policy.GVisor, Network: "host"}} {
 		_, err := Spec(specOf(t, `{}`), &inputs.Inputs{}, r)
 		require.Error(t, err, "%+v", r)
@@ -95,7 +96,8 @@ func TestWrongSpecsNameTheField(t *testing.T) {
 		`{strategy: {steps: {steps: [{name: a, image: ""}]}}}`:                    "spec.strategy.steps.steps[0].image: ",
 		`{strategy: {steps: {steps: [{name: a, image: b, secrets: [{id: x}]}]}}}`: "spec.strategy.steps.steps[0].secrets[0].id: ",
 		`{strategy: {steps: {steps: [{name: a, image: b, timeout: 1ms}]}}}`:       "spec.strategy.steps.steps[0].timeout: ",
-		`{timeout: 0s}`: "spec.timeout: ",
+		`{timeout: 0s}`:      "spec.timeout: ",
+		`{stepTimeout: 1ms}`: "spec.stepTimeout: ",
 		`{secrets: [{id: kiln.env.s.k, secretRef: {name: a, key: b}}]}`:                   "spec.secrets[0].id: ",
 		`{buildArgs: [{name: A, valueFrom: {secretKeyRef: {name: secret, key: token}}}]}`: "spec.buildArgs[0].valueFrom.secretKeyRef: ",
 	} {
@@ -111,6 +113,16 @@ func TestFailureOfTheAgent(t *testing.T) {
 	}
 	require.Equal(t, v1alpha1.ReasonInternal, Failure(&agentv1.Failure{Reason: 9999}).Reason)
 	require.Equal(t, v1alpha1.ReasonInternal, Failure(nil).Reason)
+}
+
+func TestUsageOfAStep(t *testing.T) {
+	require.Nil(t, Step(&agentv1.StepResult{}).Usage)
+	got := Step(&agentv1.StepResult{Usage: &agentv1.StepUsage{
+		Cpu: durationpb.New(1500 * time.Millisecond), PeakMemoryBytes: 1, DiskBytes: 2, LimitsReached: append(make([]string, 99), "pids"),
+	}}).Usage
+	require.Len(t, got.LimitsReached, 16)
+	got.LimitsReached = nil
+	require.Equal(t, &v1alpha1.StepUsage{CPUMilliseconds: 1500, PeakMemoryBytes: 1, DiskBytes: 2}, got)
 }
 
 func TestOutputOfTheAgent(t *testing.T) {

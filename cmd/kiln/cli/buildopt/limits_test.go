@@ -4,6 +4,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/agent/steplimits"
 )
 
 func TestLimits(t *testing.T) {
@@ -23,5 +25,32 @@ func TestLimits(t *testing.T) {
 		_, err := New(bad, env(""))
 		require.Error(t, err, "%+v", bad)
 		require.Regexp(t, "^--(memory|cpus)", err.Error())
+	}
+}
+
+// TestLimitsWithoutWordsOfBuildKit has limits that go beside its options.
+func TestLimitsWithoutWordsOfBuildKit(t *testing.T) {
+	dir := contextDir(t)
+	req, err := New(Flags{Context: dir, PIDsLimit: "500", Disk: "10g", StepTimeout: "90s", Ulimits: []string{"nofile=1024:4096"}}, env(""))
+	require.NoError(t, err)
+	require.Equal(t, "pids=500,disk=10737418240,timeout=1m30s", req.Solve.FrontendAttrs[steplimits.Key])
+	require.Equal(t, "nofile=1024:4096", req.Solve.FrontendAttrs["ulimit"])
+	for _, none := range []string{"", "0", "-1"} {
+		req, err = New(Flags{Context: dir, PIDsLimit: none}, env(""))
+		require.NoError(t, err)
+		require.NotContains(t, req.Solve.FrontendAttrs, steplimits.Key)
+	}
+	for want, bad := range map[string]Flags{
+		"--pids-limit: invalid number":        {PIDsLimit: "many"},
+		"--pids-limit: invalid number \"-2\"": {PIDsLimit: "-2"},
+		"--disk: invalid size":                {Disk: "much"},
+		"too small":                           {Disk: "1k"},
+		"--step-timeout: invalid time":        {StepTimeout: "5"},
+		"want a time from 1s":                 {StepTimeout: "10ms"},
+		`ulimit "rtprio" is refused`:          {Ulimits: []string{"rtprio=5"}},
+	} {
+		bad.Context = dir
+		_, err := New(bad, env(""))
+		require.ErrorContains(t, err, want)
 	}
 }

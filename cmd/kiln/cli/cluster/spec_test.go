@@ -2,9 +2,11 @@ package cluster
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	buildv1 "github.com/kiln-build/kiln/api/build/v1alpha1"
 )
@@ -32,7 +34,7 @@ func TestContextBecomesSource(t *testing.T) {
 func TestRequestBecomesBuild(t *testing.T) {
 	b, _, err := (&Request{
 		Context: t.TempDir(), Name: "x", Tags: []string{"r.example/a:1", "r.example/a:2"}, PushSecret: "push", Node: true,
-		Secrets: []string{"id=npm,secret=tokens", "id=a,secret=b,key=c"}, CPU: "500m", Memory: "1Gi", Network: "none", RuntimeClass: "gvisor",
+		Secrets: []string{"id=npm,secret=tokens", "id=a,secret=b,key=c"}, CPU: "500m", Memory: "1Gi", Disk: "10Gi", PIDs: "500", Shm: "128Mi", Ulimits: []string{"nofile=4096:4096"}, StepTimeout: metav1.Duration{Duration: time.Minute}, Network: "none", RuntimeClass: "gvisor",
 		Target: "t", Dockerfile: "d/Dockerfile", BuildArgs: map[string]string{"A": "1"},
 	}).Build()
 	require.NoError(t, err)
@@ -49,6 +51,13 @@ func TestRequestBecomesBuild(t *testing.T) {
 	}, b.Spec.Secrets)
 	require.Equal(t, "500m", b.Spec.Resources.Limits.Cpu().String())
 	require.Equal(t, int64(1<<30), b.Spec.Resources.Limits.Memory().Value())
+	for name, want := range map[corev1.ResourceName]int64{
+		corev1.ResourceEphemeralStorage: 10 << 30, buildv1.ResourcePIDs: 500, buildv1.ResourceShm: 128 << 20, buildv1.ResourceOpenFiles: 4096,
+	} {
+		q := b.Spec.Resources.Limits[name]
+		require.Equal(t, want, q.Value(), name)
+	}
+	require.Equal(t, time.Minute, b.Spec.StepTimeout.Duration)
 	require.NotContains(t, b.Spec.Resources.Limits, corev1.ResourceStorage)
 	require.Equal(t, buildv1.NetworkNone, *b.Spec.Network)
 	require.Equal(t, "gvisor", *b.Spec.RuntimeClassName)
@@ -67,6 +76,10 @@ func TestRequestIsRefused(t *testing.T) {
 		"secret field":        {Request{Context: dir, Secrets: []string{"id=a,src=f"}}, `"src"`},
 		"network":             {Request{Context: dir, Network: "host"}, "--network host"},
 		"memory":              {Request{Context: dir, Memory: "lots"}, "--memory lots"},
+		"no processes":        {Request{Context: dir, PIDs: "-1"}, "--pids-limit -1: want more than 0"},
+		"other ulimit":        {Request{Context: dir, Ulimits: []string{"nproc=5"}}, `--ulimit nproc=5: a Build has no limit "nproc"`},
+		"two limits of files": {Request{Context: dir, Ulimits: []string{"nofile=5:6"}}, "--ulimit nofile=5:6: a Build has one limit"},
+		"ulimit of nothing":   {Request{Context: dir, Ulimits: []string{"nofile"}}, "--ulimit nofile: want nofile=NUMBER"},
 		"node without tag":    {Request{Context: dir, Node: true}, "--tag"},
 		"nowhere":             {Request{Context: dir, Tags: []string{"a"}, NoPush: true}, "--no-push"},
 	} {
