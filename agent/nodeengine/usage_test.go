@@ -5,9 +5,11 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/kiln-build/kiln/agent"
 	"github.com/kiln-build/kiln/agent/agenttest"
@@ -102,7 +104,7 @@ func TestUsageOfSteps(t *testing.T) {
 	})
 }
 
-// TestStepsOfBuildKitClientsAreLimited has a policy that holds for steps whose build nobody
+// TestPolicyHoldsForSteps has a policy that holds for steps whose build nobody
 // has refused.
 func TestPolicyHoldsForSteps(t *testing.T) {
 	c, registry := limitedAgent(t, func(string) agent.TenantRules {
@@ -122,6 +124,75 @@ func TestPolicyHoldsForSteps(t *testing.T) {
 		require.Equal(t, agentv1.FailureReason_FAILURE_REASON_DENIED, result.GetFailure().GetReason(), "%v", result)
 		require.Contains(t, result.GetFailure().GetMessage(), `denied by SandboxPolicy "small", rule mounts.allowed: mounts of type cache may not be used`)
 	})
+}
+
+// TestLimitsEndSteps has a build for each limit that ends a step, and tells why.
+func TestLimitsEndSteps(t *testing.T) {
+	c, registry := limitedAgent(t, func(string) agent.TenantRules { return agent.TenantRules{} })
+	eachClass(t, func(t *testing.T, class agentv1.SandboxClass, name string) {
+		for _, tt := range []struct {
+			limit, step string
+			resources   *agentv1.Resources
+			reason      agentv1.FailureReason
+			message     string
+		}{
+			{
+				"timeout", "/bin/busybox sleep 100", &agentv1.Resources{StepTimeout: durationpb.New(time.Second)},
+				agentv1.FailureReason_FAILURE_REASON_TIMEOUT, "timed out: the limit of 1s was reached",
+			},
+			{
+				"disk", "/bin/busybox dd if=/dev/zero of=/big bs=1M count=64", &agentv1.Resources{DiskBytes: 16 << 20},
+				agentv1.FailureReason_FAILURE_REASON_DISK_LIMIT, "out of disk: the limit of 16MiB was reached",
+			},
+			{
+				"inodes", "i=0; while [ $i -lt 2000 ]; do : > /f$i || exit 1; i=$((i+1)); done", &agentv1.Resources{Inodes: 500},
+				agentv1.FailureReason_FAILURE_REASON_DISK_LIMIT, "out of disk: the limit of 500 files was reached",
+			},
+		} {
+			ctx := agenttest.Context(t, "a")
+			change := func(s *agentv1.BuildSpec) { s.Resources = tt.resources }
+			result := agenttest.CheckEvents(t, build(t, ctx, c, tt.limit+"-"+name, class, base+sh(tt.step), change), 0)
+			f := result.GetFailure()
+			require.Equal(t, tt.reason, f.GetReason(), "%v", result)
+			require.Contains(t, f.GetMessage(), tt.message)
+			require.Contains(t, f.GetStep(), "RUN")
+			require.NotZero(t, f.GetExitCode())
+			last := result.GetSteps()[len(result.GetSteps())-1]
+			require.Equal(t, []string{tt.limit}, last.GetUsage().GetLimitsReached(), "%v", last)
+			require.Equal(t, 1, counted(t, registry, "kiln_agent_step_limits_reached_total", name, tt.limit))
+		}
+	})
+}
+
+// TestLimitsThatStepsSee has a step look at what it was given.
+func TestLimitsThatStepsSee(t *testing.T) {
+	c, _ := limitedAgent(t, func(string) agent.TenantRules { return agent.TenantRules{} })
+	eachClass(t, func(t *testing.T, class agentv1.SandboxClass, name string) {
+		file := base + sh("echo files=$(ulimit -Hn); echo shm=$(/bin/busybox df -k /dev/shm | /bin/busybox tail -1)")
+		change := func(s *agentv1.BuildSpec) { s.Resources = &agentv1.Resources{OpenFiles: 100, ShmBytes: 8 << 20} }
+		events := build(t, agenttest.Context(t, "a"), c, "see-"+name, class, file, change)
+		require.Equal(t, agentv1.BuildState_BUILD_STATE_SUCCEEDED, agenttest.CheckEvents(t, events, 0).GetState())
+		require.Contains(t, agenttest.Output(events), "files=100\n")
+		require.Regexp(t, `shm=\S+\s+8192 `, agenttest.Output(events))
+	})
+}
+
+// TestFrontendsOfPolicy has a policy that allows front ends of one place only.
+func TestFrontendsOfPolicy(t *testing.T) {
+	c, _ := limitedAgent(t, func(tenant string) agent.TenantRules {
+		allowed := map[string][]string{"a": {"r.example.com/frontends"}, "b": {policy.BuiltIn}}
+		return agent.TenantRules{Rules: []policy.Rules{{Name: "frontends", Frontends: allowed[tenant]}}}
+	})
+	denied := func(tenant, id, dockerfile, want string) {
+		result := agenttest.CheckEvents(t, build(t, agenttest.Context(t, tenant), c, id, agentv1.SandboxClass_SANDBOX_CLASS_USERNS, dockerfile, nil), 0)
+		require.Equal(t, agentv1.FailureReason_FAILURE_REASON_DENIED, result.GetFailure().GetReason(), "%v", result)
+		require.Contains(t, result.GetFailure().GetMessage(), `denied by SandboxPolicy "frontends", rule frontends.allowed: `+want)
+	}
+	denied("a", "builtin", base, "the built-in Dockerfile front end may not be used")
+	denied("a", "docker", "# syntax=docker/dockerfile:1\n"+base, "the built-in Dockerfile front end may not be used")
+	denied("b", "other", "# syntax=r.example.com/frontends/x\n"+base, "front end r.example.com/frontends/x may not be used")
+	result := agenttest.CheckEvents(t, build(t, agenttest.Context(t, "b"), c, "allowed", agentv1.SandboxClass_SANDBOX_CLASS_USERNS, "# syntax=docker/dockerfile:1\n"+base, nil), 0)
+	require.Equal(t, agentv1.BuildState_BUILD_STATE_SUCCEEDED, result.GetState(), "%v", result)
 }
 
 // observed returns how many observations a histogram has for a class.
