@@ -83,11 +83,12 @@ func (e *stepExecutor) Run(ctx context.Context, id string, root executor.Mount, 
 	if err := e.policy.checkStep(ctx, e.domain, process.Meta, step); err != nil {
 		return nil, err
 	}
-	began := time.Now()
+	began, logged := time.Now(), logStep(ctx, &step.Process, step.Limits)
 	res, err := rt.Run(ctx, step, start)
 	if err == nil {
 		err = exitError(ctx, res, step.Limits, process.Meta.ValidExitCodes)
 	}
+	logged(res, err != nil)
 	e.report(ctx, step, time.Since(began), res, err)
 	if err != nil {
 		err = errors.Join(err, discardWhenFull(step.Root))

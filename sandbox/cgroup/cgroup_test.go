@@ -127,14 +127,14 @@ func inVersion2(t *testing.T, files map[string]string) *Group {
 	}
 	f, err := os.Open(dir)
 	require.NoError(t, err)
-	g := &Group{members: []member{{dir: f, hierarchy: &hierarchy{unified: true, controllers: []string{"cpu", "memory", "pids"}}}}}
+	g := &Group{members: []member{{dir: f, hierarchy: &hierarchy{unified: true, controllers: []string{"cpu", "memory", "pids", "io"}}}}}
 	t.Cleanup(g.Close)
 	return g
 }
 
 func TestVersion2(t *testing.T) {
 	g := inVersion2(t, map[string]string{
-		"cpu.max": "", "memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.stat": "usage_usec 2500\nnr_throttled 4\n",
+		"cpu.max": "", "memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.stat": "usage_usec 2500\nnr_throttled 4\nthrottled_usec 70\n", "io.stat": "8:0 rbytes=5 wbytes=6\n",
 		"memory.peak": "4096\n", "pids.events": "max 5\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 1\noom_kill 2\n",
 	})
 	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: 500, MemoryBytes: 1 << 20, PIDs: 9}))
@@ -145,7 +145,7 @@ func TestVersion2(t *testing.T) {
 	}
 	u, err := g.Usage()
 	require.NoError(t, err)
-	require.Equal(t, sandbox.Usage{CPU: 2500 * time.Microsecond, PeakMemory: 4096, Throttled: 4}, u)
+	require.Equal(t, sandbox.Usage{CPU: 2500 * time.Microsecond, PeakMemory: 4096, Throttled: 4, ThrottledTime: 70 * time.Microsecond, IORead: 5, IOWrite: 6}, u)
 	kills, refused, err := g.Events()
 	require.NoError(t, err)
 	require.EqualValues(t, 2, kills)
@@ -216,4 +216,22 @@ func TestLimitBelowUsage(t *testing.T) {
 	require.NoError(t, err)
 	require.Greater(t, u.PeakMemory, int64(10<<20))
 	require.Positive(t, u.CPU)
+}
+
+func TestTransfers(t *testing.T) {
+	for _, tt := range []struct {
+		name, text string
+		want       [2]int64
+	}{
+		{"version 1", "254:0 Read 4096\n254:0 Write 100\n254:0 Sync 1\n254:0 Total 4196\n8:0 Read 1\nTotal 4197\n", [2]int64{4097, 100}},
+		{"version 2", "254:0 rbytes=4096 wbytes=100 rios=1 wios=2 dbytes=0 dios=0\n8:0 rbytes=1 wbytes=0 rios=1\n7:0 \n", [2]int64{4097, 100}},
+		{"none", "Total 0\n", [2]int64{}},
+		{"cut off", "254:0 rbytes=4096 wbytes", [2]int64{4096, 0}},
+		{"nonsense", "x=y=z\n=\n254:0 rbytes=x wbytes=1", [2]int64{0, 1}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			read, written := transfers(tt.text)
+			require.Equal(t, tt.want, [2]int64{read, written})
+		})
+	}
 }
