@@ -24,8 +24,6 @@ type kind struct {
 	hostname string
 	// sockets lets the step connect to sockets of the node that are mounted.
 	sockets bool
-	// dirs and files are how many places there are for mounts.
-	dirs, files int
 }
 
 // box is a sandbox that runs and waits for a step, or has one. It has seen no
@@ -43,7 +41,6 @@ type box struct {
 	// conn ends when the sandbox is gone, which closes exited.
 	conn   *net.UnixConn
 	exited chan struct{}
-	files  *fileServer
 	// defers release things, the last first.
 	defers []func() error
 }
@@ -85,14 +82,8 @@ func (r *Runtime) newBox(ctx context.Context, k kind) (_ *box, err error) {
 		}
 		b.defers = append(b.defers, b.net.Release)
 	}
-	if err := b.startFiles(); err != nil {
-		return nil, fmt.Errorf("start the file server: %w", err)
-	}
 	if err := b.start(ctx); err != nil {
 		return nil, err
-	}
-	if err := b.files.wait(ctx); err != nil {
-		return nil, fmt.Errorf("start the file server: %w", err)
 	}
 	if err := b.checkVersion(ctx); err != nil {
 		return nil, err
@@ -192,23 +183,18 @@ func (b *box) start(ctx context.Context) error {
 	return nil
 }
 
-// alive tells whether the sandbox and its file server run.
+// alive tells whether the sandbox runs.
 func (b *box) alive() bool {
 	select {
 	case <-b.exited:
-		return false
-	case <-b.files.exited:
 		return false
 	default:
 		return true
 	}
 }
 
-// kill sends the sandbox and its file server to their end without waiting for it.
+// kill sends the sandbox to its end without waiting for it.
 func (b *box) kill() {
-	if b.files != nil {
-		b.files.kill()
-	}
 	if b.conn == nil {
 		return
 	}

@@ -1,280 +1,229 @@
 package gvisor
 
 import (
-	"context"
+	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
+	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"runtime"
 	"strconv"
-	"strings"
-	"sync"
-	"syscall"
-	"time"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// fileServer is the process that opens the step's files for the sandbox: runsc's
-// gofer, in namespaces of its own, of which only the slots are left.
+// fileServer gives a sandbox one mount of its step. The mount is at no place of any
+// mount namespace, so that nothing but what is below it can be reached through it.
+// The sandbox gets its root as a descriptor, opens files below that by itself, and
+// asks the server for what cannot be done that way: to open the root again, which
+// has no parent directory, to connect to sockets, and for the extended attributes of
+// symlinks and sockets.
 //
-// It is started before the step is known. What the step needs is mounted on the
-// slots later; the mounts propagate to the server, which looks into a slot when
-// the sandbox first asks for it and not before.
+// The messages are those of runsc's lisafs client: a length of 4 bytes, a kind of 2,
+// and 2 of nothing, then the payload; numbers are little-endian. The sandbox is
+// hostile: a message that is not understood ends the connection, and what it asks
+// for does not outlive it.
 type fileServer struct {
-	cmd    *exec.Cmd
-	exited chan struct{}
-	log    tail
-	// ready holds what the server says when its slots are in place.
-	ready *os.File
-	// slots are all slots; root, which comes first, and dirs and files are the free
-	// ones.
-	slots       []slot
-	root        slot
-	dirs, files []slot
+	root *os.File // of the mount, opened with O_PATH
+	mode uint32   // of the root
+	conn *net.UnixConn
+	// theirs is the sandbox's end of the connection.
+	theirs *os.File
+	// sockets lets the sandbox connect to sockets of the mount.
+	sockets bool
+	done    chan struct{}
+
+	// names are the paths below the root that the sandbox has walked to, by the
+	// number that it knows them by; size is how long they are together.
+	names map[uint64]string
+	next  uint64
+	size  int
 }
 
-// slot is a place of the node that a mount of the step is shown at, and the
-// sandbox's end of the connection that serves it.
-type slot struct {
-	path string
-	conn *os.File
-}
+// Kinds of messages.
+const (
+	msgError     = 0
+	msgMount     = 1
+	msgWalk      = 5
+	msgOpen      = 7
+	msgClose     = 9
+	msgConnect   = 21
+	msgGetXattr  = 25
+	msgListXattr = 27
+)
 
-// startFiles makes the slots and starts the server of the sandbox.
-func (b *box) startFiles() (err error) {
-	s := &fileServer{exited: make(chan struct{})}
-	dir := filepath.Join(b.tmp, "slots")
-	theirs, err := s.makeSlots(dir, b.kind)
-	b.defers = append(b.defers, s.closeSlots)
-	defer closeAll(theirs)
-	if err != nil {
-		return err
-	}
-	// Only what is below dir propagates, to the server's copy of it.
-	for _, flags := range []uintptr{unix.MS_BIND, unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, unix.MS_SHARED} {
-		if err := unix.Mount(dir, dir, "", flags, ""); err != nil {
-			return fmt.Errorf("prepare %s: %w", dir, err)
+const (
+	// rootNumber is the root's number.
+	rootNumber = 1
+	// inodeSize is the size of what describes a file: its number, and attributes
+	// that the sandbox gets from the kernel instead.
+	inodeSize = 8 + 144
+	// maxRequest bounds a request, maxNames the paths that are kept.
+	maxRequest = 1 << 20
+	maxNames   = 1 << 20
+)
+
+// serveFiles starts a server of the mount whose root is root, which it owns. It ends
+// with close.
+func serveFiles(root *os.File, sockets bool) (_ *fileServer, err error) {
+	s := &fileServer{root: root, sockets: sockets, done: make(chan struct{}), names: map[uint64]string{}, next: rootNumber + 1}
+	defer func() {
+		if err != nil {
+			root.Close()
 		}
-	}
-	bundle := filepath.Join(b.tmp, "slots-bundle")
-	spec := &specs.Spec{
-		Version: "1.2.0", Root: &specs.Root{Path: filepath.Join(bundle, "none")},
-		Process: &specs.Process{Args: []string{"none"}, Cwd: "/"},
-		Linux:   &specs.Linux{},
-	}
-	for i, m := range s.slots {
-		mode := "rw"
-		if i == 0 {
-			mode = "ro" // a sandbox never writes to layers
-		}
-		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/" + filepath.Base(m.path), Type: "bind", Source: m.path, Options: []string{"bind", mode}})
-	}
-	if err := writeBundle(bundle, spec); err != nil {
-		return err
-	}
-	if err := s.start(b, bundle, theirs); err != nil {
-		return err
-	}
-	b.files = s
-	b.defers = append(b.defers, s.waitKilled)
-	// One limit holds for the sandbox and its file server.
-	if err := b.cgroup.Add(s.cmd.Process.Pid); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(b.dir, "files-pid"), []byte(strconv.Itoa(s.cmd.Process.Pid)), 0o600)
-}
-
-// makeSlots makes the places below dir and a connection for each. It returns the
-// server's ends.
-func (s *fileServer) makeSlots(dir string, k kind) (theirs []*os.File, err error) {
-	if err := os.Mkdir(dir, 0o711); err != nil {
+	}()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(root.Fd()), &st); err != nil {
 		return nil, err
 	}
-	add := func(name string, file bool) (slot, error) {
-		p := filepath.Join(dir, name)
-		if file {
-			if err := os.WriteFile(p, nil, 0o444); err != nil {
-				return slot{}, err
+	s.mode = st.Mode & unix.S_IFMT
+	ours, theirs, err := socketPair(unix.SOCK_STREAM)
+	if err != nil {
+		return nil, err
+	}
+	s.theirs = theirs
+	if s.conn, err = unixConn(ours); err != nil {
+		theirs.Close()
+		return nil, err
+	}
+	go func() {
+		defer close(s.done)
+		defer s.conn.Close()
+		_ = s.serve()
+	}()
+	return s, nil
+}
+
+// close ends the server. The sandbox must have ended, or it ends now.
+func (s *fileServer) close() error {
+	s.theirs.Close()
+	s.conn.Close()
+	<-s.done
+	return s.root.Close()
+}
+
+// serve answers requests until the connection ends.
+func (s *fileServer) serve() error {
+	var head [8]byte
+	for {
+		if _, err := io.ReadFull(s.conn, head[:]); err != nil {
+			return err
+		}
+		size, kind := binary.LittleEndian.Uint32(head[:]), binary.LittleEndian.Uint16(head[4:])
+		if size > maxRequest {
+			return errors.New("the request is too large")
+		}
+		payload := make([]byte, size)
+		if _, err := io.ReadFull(s.conn, payload); err != nil {
+			return err
+		}
+		req := &request{data: payload}
+		reply, file, err := s.answer(kind, req)
+		if req.short {
+			return errors.New("the request is too short")
+		}
+		if err != nil {
+			var errno unix.Errno
+			if !errors.As(err, &errno) {
+				errno = unix.EIO
 			}
-		} else if err := os.Mkdir(p, 0o555); err != nil {
-			return slot{}, err
+			kind, reply = msgError, binary.LittleEndian.AppendUint32(nil, uint32(errno))
 		}
-		sandbox, server, err := socketPair(unix.SOCK_STREAM)
+		err = s.send(kind, reply, file)
+		if file != nil && file != s.root {
+			file.Close()
+		}
 		if err != nil {
-			return slot{}, err
+			return err
 		}
-		theirs = append(theirs, server)
-		m := slot{path: p, conn: sandbox}
-		s.slots = append(s.slots, m)
-		return m, nil
-	}
-	if s.root, err = add("root", false); err != nil {
-		return theirs, err
-	}
-	for i := range k.dirs + k.files {
-		m, err := add(fmt.Sprintf("m%d", i), i >= k.dirs)
-		if err != nil {
-			return theirs, err
-		}
-		if i < k.dirs {
-			s.dirs = append(s.dirs, m)
-		} else {
-			s.files = append(s.files, m)
-		}
-	}
-	return theirs, nil
-}
-
-// take hands out a free slot.
-func (s *fileServer) take(file bool) (slot, error) {
-	free := &s.dirs
-	if file {
-		free = &s.files
-	}
-	if len(*free) == 0 {
-		return slot{}, errors.New("no free place for a mount")
-	}
-	m := (*free)[0]
-	*free = (*free)[1:]
-	return m, nil
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		f.Close()
 	}
 }
 
-// start starts the server with its ends of the connections.
-func (s *fileServer) start(b *box, bundle string, theirs []*os.File) error {
-	spec, err := os.Open(filepath.Join(bundle, "config.json"))
-	if err != nil {
-		return err
+// send sends a message, with a duplicate of file if there is one.
+func (s *fileServer) send(kind uint16, payload []byte, file *os.File) error {
+	msg := binary.LittleEndian.AppendUint32(make([]byte, 0, 8+len(payload)), uint32(len(payload)))
+	msg = binary.LittleEndian.AppendUint16(msg, kind)
+	msg = append(append(msg, 0, 0), payload...)
+	var rights []byte
+	if file != nil {
+		rights = unix.UnixRights(int(file.Fd()))
 	}
-	defer spec.Close()
-	ready, readyW, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer readyW.Close()
-	// The server could ask for files that it may not open itself; it gets none.
-	nobody, rpc, err := socketPair(unix.SOCK_STREAM)
-	if err != nil {
-		ready.Close()
-		return err
-	}
-	nobody.Close()
-	defer rpc.Close()
-
-	confs, io := []string{"none:memory"}, []string{}
-	for i := range theirs {
-		confs = append(confs, "lisafs:none")
-		io = append(io, strconv.Itoa(6+i))
-	}
-	args := append(b.flags(), "gofer", "--bundle="+bundle, "--gofer-mount-confs="+strings.Join(confs, ","),
-		"--spec-fd=3", "--mounts-fd=4", "--rpc-fd=5", "--io-fds="+strings.Join(io, ","), containerID)
-	s.cmd = exec.Command(b.r.runsc, args...)
-	s.cmd.Stderr = &s.log
-	s.cmd.ExtraFiles = append([]*os.File{spec, readyW, rpc}, theirs...)
-	s.cmd.Env = environment(b.tmp)
-	s.cmd.WaitDelay = time.Second
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setsid: true, Pdeathsig: unix.SIGKILL,
-		// The identity in a user namespace takes away all power over the node's.
-		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-		UidMappings: identity("uid"), GidMappings: identity("gid"), GidMappingsEnableSetgroups: true,
-		Credential: &syscall.Credential{},
-	}
-	if err := startOffline(s.cmd); err != nil {
-		ready.Close()
-		return err
-	}
-	s.ready = ready
-	go func() {
-		defer close(s.exited)
-		_ = s.cmd.Wait()
-	}()
-	return nil
-}
-
-// identity maps every ID that this process knows to itself.
-func identity(which string) []syscall.SysProcIDMap {
-	data, err := os.ReadFile("/proc/self/" + which + "_map")
-	if err != nil {
-		return nil
-	}
-	var out []syscall.SysProcIDMap
-	for line := range strings.Lines(string(data)) {
-		var inside, outside, size int
-		if n, _ := fmt.Sscan(line, &inside, &outside, &size); n == 3 {
-			out = append(out, syscall.SysProcIDMap{ContainerID: inside, HostID: inside, Size: size})
-		}
-	}
-	return out
-}
-
-// offline starts processes from one thread that is in a network namespace of its
-// own, which has nothing in it.
-var offline = sync.OnceValues(func() (chan func(), error) {
-	calls := make(chan func())
-	made := make(chan error)
-	go func() {
-		// The thread never leaves, so no other code runs on it.
-		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		made <- err
-		if err != nil {
-			return
-		}
-		for f := range calls {
-			f()
-		}
-	}()
-	return calls, <-made
-})
-
-func startOffline(cmd *exec.Cmd) error {
-	calls, err := offline()
-	if err != nil {
-		return fmt.Errorf("make a network namespace: %w", err)
-	}
-	done := make(chan error)
-	calls <- func() { done <- cmd.Start() }
-	return <-done
-}
-
-// wait waits until the slots are in place.
-func (s *fileServer) wait(ctx context.Context) error {
-	defer s.ready.Close()
-	stop := context.AfterFunc(ctx, func() { _ = s.ready.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	said, err := io.ReadAll(io.LimitReader(s.ready, 1<<20))
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if err == nil && len(said) == 0 {
-		err = errors.New(s.log.String())
+	n, _, err := s.conn.WriteMsgUnix(msg, rights, nil)
+	if err == nil && n < len(msg) {
+		_, err = s.conn.Write(msg[n:])
 	}
 	return err
 }
 
-func (s *fileServer) kill() { _ = s.cmd.Process.Kill() }
-
-func (s *fileServer) waitKilled() error {
-	s.kill()
-	<-s.exited
-	s.ready.Close()
-	return nil
-}
-
-func (s *fileServer) closeSlots() error {
-	for _, m := range s.slots {
-		m.conn.Close()
+// answer returns the payload of the answer to a request, and a file to send with it.
+func (s *fileServer) answer(kind uint16, req *request) ([]byte, *os.File, error) {
+	switch kind {
+	case msgMount:
+		return s.mountReply(), s.root, nil
+	case msgOpen:
+		number, flags := req.uint64(), req.uint32()
+		if number != rootNumber || req.short {
+			return nil, nil, unix.EBADF
+		}
+		f, err := s.openRoot(flags)
+		return make([]byte, 8), f, err
+	case msgWalk:
+		reply, err := s.walk(req)
+		return reply, nil, err
+	case msgClose:
+		for range req.uint16() {
+			number := req.uint64()
+			s.size -= len(s.names[number])
+			delete(s.names, number)
+			if req.short {
+				break
+			}
+		}
+		return nil, nil, nil
+	case msgGetXattr:
+		reply, err := s.getXattr(req)
+		return reply, nil, err
+	case msgListXattr:
+		reply, err := s.listXattr(req)
+		return reply, nil, err
+	case msgConnect:
+		f, err := s.connect(req)
+		return nil, f, err
+	default:
+		return nil, nil, unix.EOPNOTSUPP
 	}
-	return nil
 }
+
+// mountReply describes the root and names the requests that are answered.
+func (s *fileServer) mountReply() []byte {
+	kinds := []uint16{msgError, msgMount, msgWalk, msgOpen, msgClose, msgGetXattr, msgListXattr}
+	if s.sockets {
+		kinds = append(kinds, msgConnect)
+	}
+	reply := appendInode(nil, rootNumber)
+	reply = binary.LittleEndian.AppendUint32(reply, maxRequest)
+	reply = binary.LittleEndian.AppendUint16(reply, uint16(len(kinds)))
+	for _, k := range kinds {
+		reply = binary.LittleEndian.AppendUint16(reply, k)
+	}
+	return reply
+}
+
+func appendInode(to []byte, number uint64) []byte {
+	return append(binary.LittleEndian.AppendUint64(to, number), make([]byte, inodeSize-8)...)
+}
+
+// openRoot opens the root, which must be a directory or a regular file: to open
+// anything else could have an effect of its own.
+func (s *fileServer) openRoot(flags uint32) (*os.File, error) {
+	if s.mode != unix.S_IFDIR && s.mode != unix.S_IFREG {
+		return nil, unix.ENXIO
+	}
+	flags = flags&(unix.O_ACCMODE|unix.O_TRUNC) | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+	fd, err := unix.Open(procPath(s.root), int(flags), 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "root"), nil
+}
+
+func procPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }

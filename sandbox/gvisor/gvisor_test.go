@@ -18,10 +18,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	spawner() // lives as long as the program, as the next does
-	if _, err := offline(); err != nil {
-		panic(err)
-	}
+	spawner() // lives as long as the program
 	goleak.VerifyTestMain(m, goleak.IgnoreCurrent())
 }
 

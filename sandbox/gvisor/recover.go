@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -66,16 +65,11 @@ func (r *Runtime) recover(ctx context.Context) error {
 // recordedPIDs are the processes of the sandbox whose directory is dir, as far as
 // they are known.
 func recordedPIDs(dir string) []int {
-	var pids []int
-	if data, err := os.ReadFile(filepath.Join(dir, "files-pid")); err == nil {
-		if pid, err := strconv.Atoi(string(bytes.TrimSpace(data))); err == nil {
-			pids = append(pids, pid)
-		}
+	st, err := readState(filepath.Join(dir, "runsc"))
+	if err != nil {
+		return nil
 	}
-	if st, err := readState(filepath.Join(dir, "runsc")); err == nil {
-		pids = append(pids, st.Sandbox.PID)
-	}
-	return pids
+	return []int{st.Sandbox.PID}
 }
 
 // state is what runsc writes about a container, as far as it is needed.

@@ -46,45 +46,34 @@ func (s *stepRun) mountRoot() error {
 
 // showRoot shows the root to the sandbox.
 func (s *stepRun) showRoot() error {
-	if !s.overlaid() && !s.readonly {
-		m, err := s.box.files.take(false)
-		if err != nil {
-			return err
-		}
-		s.conns, s.confs = append(s.conns, m.conn), append(s.confs, mountConf{Lower: lowerServed, Upper: upperNone})
-		return s.show(s.rootfs, m, false)
-	}
-	m := s.box.files.root
 	conf := mountConf{Lower: lowerServed, Upper: upperNone}
-	if !s.readonly {
+	if s.overlaid() && !s.readonly {
 		conf.Upper, conf.Size = upperPrivate, sizeOf(s.step.Limits)
 	}
-	s.conns, s.confs = append(s.conns, m.conn), append(s.confs, conf)
-	return s.show(s.rootfs, m, true)
+	return s.show(s.rootfs, s.overlaid() || s.readonly, conf)
 }
 
-// show mounts what is at path of the node in a slot, where the file server gets
-// it too.
-func (s *stepRun) show(path string, at slot, readonly bool) error {
+// show gives the sandbox a mount of its own of what is at path of the node.
+func (s *stepRun) show(path string, readonly bool, conf mountConf) error {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
 		return fmt.Errorf("open %s as a tree: %w", path, err)
 	}
-	defer unix.Close(fd)
+	root := os.NewFile(uintptr(fd), path)
+	attrs := uint64(unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID)
 	if readonly {
-		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
-			return fmt.Errorf("make it read-only: %w", err)
-		}
+		attrs |= unix.MOUNT_ATTR_RDONLY
 	}
-	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, at.path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("mount at %s: %w", at.path, err)
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: attrs}); err != nil {
+		root.Close()
+		return fmt.Errorf("set what the sandbox may do with %s: %w", path, err)
 	}
-	s.defers = append(s.defers, func() error {
-		if err := unix.Unmount(at.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
-			return fmt.Errorf("unmount %s: %w", at.path, err)
-		}
-		return nil
-	})
+	server, err := serveFiles(root, s.box.kind.sockets)
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", path, err)
+	}
+	s.defers = append(s.defers, server.close)
+	s.conns, s.confs = append(s.conns, server.theirs), append(s.confs, conf)
 	return nil
 }
 

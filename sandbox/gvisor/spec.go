@@ -16,13 +16,9 @@ import (
 	"github.com/kiln-build/kiln/sandbox/stepfs"
 )
 
-// usualDirs and usualFiles are the places for mounts of the usual sandbox; two of
-// the files are /etc/hosts and /etc/resolv.conf.
-const usualDirs, usualFiles = 3, 4
-
 // usual is the kind of sandbox that is kept ready.
 func usual(network sandbox.NetworkMode) kind {
-	return kind{network: network, hostname: sandbox.DefaultHostname, dirs: usualDirs, files: usualFiles}
+	return kind{network: network, hostname: sandbox.DefaultHostname}
 }
 
 // kindOf tells what kind of sandbox a step needs.
@@ -31,16 +27,8 @@ func kindOf(step *sandbox.Step) kind {
 	if step.Hostname != "" {
 		k.hostname = step.Hostname
 	}
-	// What is a directory and what is a file shows only when it is mounted.
-	mounts := 1 // a root that is written through
 	for _, m := range step.Mounts {
 		k.sockets = k.sockets || m.Socket
-		if m.Tree.Tmpfs == nil {
-			mounts++
-		}
-	}
-	for k.dirs < mounts || k.files < mounts+1 {
-		k.dirs, k.files = 2*k.dirs, 2*k.files
 	}
 	return k
 }
@@ -172,18 +160,9 @@ func (s *stepRun) showMounts() error {
 		if m.Type != "bind" {
 			continue
 		}
-		st, err := os.Lstat(m.Source)
-		if err != nil {
-			return err
-		}
-		at, err := s.box.files.take(!st.IsDir())
-		if err != nil {
+		if err := s.show(m.Source, slices.Contains(m.Options, "ro"), mountConf{Lower: lowerServed, Upper: upperNone}); err != nil {
 			return fmt.Errorf("mount at %s: %w", m.Destination, err)
 		}
-		if err := s.show(m.Source, at, slices.Contains(m.Options, "ro")); err != nil {
-			return fmt.Errorf("mount at %s: %w", m.Destination, err)
-		}
-		s.conns, s.confs = append(s.conns, at.conn), append(s.confs, mountConf{Lower: lowerServed, Upper: upperNone})
 		m.Source = "/"
 	}
 	return nil
