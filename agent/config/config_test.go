@@ -120,6 +120,8 @@ func TestRefused(t *testing.T) {
 		{"tenant's sandbox that is off", head + "sandboxes: {enabled: [gvisor]}\ntenants: {overrides: {a: {sandboxes: [userns]}}}\n", "tenants.overrides[a].sandboxes[0]"},
 		{"tenant's default that it may not use", head + "tenants: {overrides: {a: {sandboxes: [userns], defaultSandbox: gvisor}}}\n", "tenants.overrides[a].defaultSandbox"},
 		{"host network", head + "tenants: {defaults: {network: host}}\n", "tenants.defaults.network"},
+		{"destination that is a URL", head + "tenants: {defaults: {destinations: {allow: [a.example, \"https://b\"]}}}\n", "tenants.defaults.destinations.allow[1]"},
+		{"denied destination by name", head + "tenants: {overrides: {a: {destinations: {deny: [b.example]}}}}\n", "tenants.overrides[a].destinations.deny[0]"},
 		{"timeout above the most", head + "tenants: {defaults: {defaultTimeout: 2h, maxTimeout: 1h}}\n", "tenants.defaults.defaultTimeout"},
 		{"resources above the most", head + "tenants: {defaults: {defaultResources: {memory: 2Gi}, maxResources: {memory: 1Gi}}}\n", "tenants.defaults.defaultResources.memory"},
 		{"more builds of a tenant than of all", head + "records: {maxBuilds: 10, maxBuildsPerTenant: 11}\n", "records.maxBuildsPerTenant"},
