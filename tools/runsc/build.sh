@@ -2,9 +2,9 @@
 # Builds runsc with kiln's additions: build.sh OUTPUT
 #
 # The go command takes no overlay over its module cache, so the module is copied
-# and the files are added to the copy. Nothing of gVisor is changed: sentry/ adds
-# methods to the control server of a sandbox, and filters/ the system call filters
-# in compiled form.
+# and the files are added to the copy: sentry/ adds methods to the control server of a
+# sandbox, and filters/ the system call filters in compiled form. All that is changed
+# are two calls, which use the compiled filters.
 set -eu
 cd "$(dirname "$0")"
 out=$1
@@ -25,10 +25,14 @@ $go mod edit -replace "gvisor.dev/gvisor=$src/gvisor" "$src/go.mod"
 
 mkdir "$src/gvisor/runsc/kilnfilters"
 cp filters/config/compile.go "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
-cp filters/main.go "$src/gvisor/runsc/kilnfilters/"
+cp filters/systrap/compile.go "$src/gvisor/pkg/sentry/platform/systrap/kiln_compile.go"
+cp filters/*.go "$src/gvisor/runsc/kilnfilters/"
 $go run -modfile="$src/go.mod" -trimpath gvisor.dev/gvisor/runsc/kilnfilters "$src/gvisor"
-rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
+rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go" "$src/gvisor/pkg/sentry/platform/systrap/kiln_compile.go"
 
+mkdir "$src/gvisor/kilnstart"
+cp sentry/kilnstart/start.go "$src/gvisor/kilnstart/"
+cp sentry/seccheck/points.go "$src/gvisor/pkg/sentry/seccheck/kiln_points.go"
 cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
 cp sentry/main/starter.go "$src/gvisor/runsc/kiln_starter.go"
 cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"

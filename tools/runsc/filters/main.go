@@ -29,7 +29,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp"
 	"gvisor.dev/gvisor/pkg/sentry/platform"
-	_ "gvisor.dev/gvisor/pkg/sentry/platform/systrap"
 	boot "gvisor.dev/gvisor/runsc/boot/filter/config"
 	gofer "gvisor.dev/gvisor/runsc/fsgofer/filter/config"
 )
@@ -82,6 +81,7 @@ func main() {
 		log.Fatalf("found %d of %d filters of the file server", len(files), len(wanted))
 	}
 	write(filepath.Join(os.Args[1], "runsc/fsgofer/filter"), files)
+	threadFilters(os.Args[1])
 }
 
 func write(dir string, programs []precompiledseccomp.Program) {

@@ -22,11 +22,10 @@ package boot
 import (
 	"errors"
 	"fmt"
-	"math"
-	gcdebug "runtime/debug"
 	"sync"
 	"time"
 
+	"gvisor.dev/gvisor/kilnstart"
 	"gvisor.dev/gvisor/pkg/sentry/fsimpl/tmpfs"
 	"gvisor.dev/gvisor/pkg/sentry/vfs"
 	"gvisor.dev/gvisor/pkg/urpc"
@@ -61,12 +60,8 @@ func (cm *containerManager) StepStart(args *StepStartArgs, _ *struct{}) error {
 	if args.Spec == nil || args.Spec.Process == nil {
 		return errors.New("step has no spec")
 	}
-	// The garbage of a start is worth no collection, nor is that of a short step,
-	// so the caller may have turned that off; soon the limits are Go's own.
-	time.AfterFunc(time.Second, func() {
-		gcdebug.SetGCPercent(100)
-		gcdebug.SetMemoryLimit(math.MaxInt64)
-	})
+	// The garbage of a short step is worth no collection.
+	kilnstart.Hold(time.Second)
 	create := CreateArgs{CID: args.CID}
 	if args.Spec.Process.Terminal {
 		if len(args.Files) == 0 {

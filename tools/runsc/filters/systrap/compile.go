@@ -1,0 +1,27 @@
+// Copyright The kiln Authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+package systrap
+
+import "gvisor.dev/gvisor/pkg/bpf"
+
+// This file is kiln's addition to the package.
+
+// ThreadRules returns the filter of the threads that run a step, for the addresses
+// where the stub and its part for threads start, and the filter that tells of their
+// end.
+func ThreadRules(stub, threads uintptr) (rules, notify []bpf.Instruction) {
+	stubStart = stub
+	return sysmsgThreadRules(threads), sysmsgSyscallNotifyRules()
+}
