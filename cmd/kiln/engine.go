@@ -7,6 +7,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/kiln-build/kiln/agent/engine"
+	"github.com/kiln-build/kiln/agent/stepusage"
 	"github.com/kiln-build/kiln/cmd/kiln/cli"
 )
 
@@ -22,8 +23,15 @@ func startEngine(ctx context.Context, cfg cli.EngineConfig) (cli.Engine, error) 
 		logrus.SetLevel(logrus.DebugLevel)
 	}
 	e, err := engine.New(ctx, engine.Config{
-		NodeConfig: engine.NodeConfig{Root: cfg.Root, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends},
-		Sandbox:    cfg.Sandbox,
+		NodeConfig: engine.NodeConfig{
+			Root: cfg.Root, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends,
+			OnStep: func(r engine.StepReport) {
+				if r.Result != nil {
+					cfg.OnStep(r.Vertex.String(), stepusage.Of(r.Result))
+				}
+			},
+		},
+		Sandbox: cfg.Sandbox,
 	})
 	if err != nil {
 		return nil, err

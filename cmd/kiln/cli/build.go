@@ -180,7 +180,11 @@ func (a *App) build(ctx context.Context, f *buildFlags) error {
 	// The engine's record of a build is read for its provenance alone, and takes half
 	// the time of a build whose steps are all cached.
 	req.Solve.Internal = f.metadata == ""
-	resp, err := solve(ctx, c, req, display, a.warner(mode))
+	feed := &a.used
+	if mode == progressui.RawJSONMode {
+		feed = &usageFeed{} // programs read BuildKit's own news there
+	}
+	resp, err := solve(ctx, c, req, display, a.warner(mode), feed)
 	if err == nil {
 		err = a.results(ctx, c, f, mode, req, resp)
 	}
@@ -188,7 +192,7 @@ func (a *App) build(ctx context.Context, f *buildFlags) error {
 }
 
 // solve runs the build and shows its progress until both have ended.
-func solve(ctx context.Context, c *client.Client, req *buildopt.Request, display progressui.Display, warn func([]client.VertexWarning)) (map[string]string, error) {
+func solve(ctx context.Context, c *client.Client, req *buildopt.Request, display progressui.Display, warn func([]client.VertexWarning), feed *usageFeed) (map[string]string, error) {
 	req.Solve.Ref = identity.NewID()
 	ch := make(chan *client.SolveStatus)
 	var resp *client.SolveResponse
@@ -199,7 +203,7 @@ func solve(ctx context.Context, c *client.Client, req *buildopt.Request, display
 	})
 	eg.Go(func() error {
 		// The display drains the channel also after a signal: Solve closes it.
-		warnings, err := display.UpdateFrom(context.WithoutCancel(ctx), ch)
+		warnings, err := display.UpdateFrom(context.WithoutCancel(ctx), feed.through(ch))
 		warn(warnings)
 		return err
 	})

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	"github.com/kiln-build/kiln/sandbox"
 )
 
@@ -44,6 +45,9 @@ type EngineConfig struct {
 	RunscPath string
 	// Frontends are images of front ends that may run, by digest.
 	Frontends []string
+	// OnStep is told what a step used, by its digest, before its end is in the progress.
+	// It is called concurrently.
+	OnStep func(vertex string, u *agentv1.StepUsage)
 }
 
 // App is the command with what it takes from the process around it.
@@ -59,6 +63,8 @@ type App struct {
 	Start func(ctx context.Context, cfg EngineConfig) (Engine, error)
 
 	isolated bool
+	// used is what steps of an engine in this process used.
+	used usageFeed
 }
 
 // Main runs the command with args and returns its exit code. When ctx ends, what

@@ -91,7 +91,7 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 	if err != nil {
 		return nil, nil, err
 	}
-	cfg := EngineConfig{Root: root, Sandbox: class, RunscPath: findTool("runsc"), Frontends: t.frontends}
+	cfg := EngineConfig{Root: root, Sandbox: class, RunscPath: findTool("runsc"), Frontends: t.frontends, OnStep: a.used.note}
 	e, err := a.Start(ctx, cfg)
 	if err != nil {
 		return nil, nil, errors.Join(err, unlock())

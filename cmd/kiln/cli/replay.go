@@ -70,11 +70,8 @@ func solveStatus(ev *agentv1.Event) *client.SolveStatus {
 			v.ProgressGroup = &pb.ProgressGroup{Id: g, Name: g}
 		}
 		out := &client.SolveStatus{Vertexes: []*client.Vertex{v}}
-		if text := usageText(s.GetUsage()); text != "" && v.Completed != nil {
-			// It comes before the end of the step in what is shown.
-			out.Statuses = []*client.VertexStatus{{
-				ID: text, Vertex: v.Digest, Timestamp: at, Started: v.Completed, Completed: v.Completed,
-			}}
+		if st := usageStatus(v, s.GetUsage()); st != nil {
+			out.Statuses = []*client.VertexStatus{st}
 		}
 		return out
 	case *agentv1.Event_Log:

@@ -1,4 +1,4 @@
-package nodeengine
+package stepusage
 
 import (
 	"cmp"
