@@ -254,3 +254,28 @@ func TestNothingIsLeftOfASlot(t *testing.T) {
 		require.NotEqual(t, namesOf(slot).hosts, s.Name)
 	}
 }
+
+// BenchmarkStep is what a step's network costs the step itself: to take one, and to read
+// what it did.
+func BenchmarkStep(b *testing.B) {
+	lists := &egress.Policy{Rules: rulesOf(egress.Rules{Allow: exceptions(b, "deb.test:80", "*.example.org", "198.51.100.0/24")})}
+	for name, p := range map[string]*egress.Policy{"open": nil, "restricted": lists} {
+		b.Run(name, func(b *testing.B) {
+			m := managerWith(b, b.TempDir(), nil)
+			require.NoError(b, acquire(b, m, sandbox.NetworkEgress).Release())
+			for b.Loop() {
+				b.StopTimer()
+				n := acquire(b, m, sandbox.NetworkEgress)
+				b.StartTimer()
+				if p != nil {
+					require.NoError(b, n.Restrict(p))
+				}
+				_, err := n.Contacts()
+				require.NoError(b, err)
+				b.StopTimer()
+				require.NoError(b, n.Release())
+				b.StartTimer()
+			}
+		})
+	}
+}
