@@ -8,12 +8,13 @@ BIN     := $(CURDIR)/bin
 LDFLAGS := -s -w
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates git busybox-static mmdebstrap docker-registry skopeo iproute2 nftables
 BENCH_ARGS ?=
+FUZZTIME ?= 20s
 
 # Programs of the test cluster.
 KUBERNETES := $(addprefix $(BIN)/,etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
 CONTAINERD := $(addprefix $(BIN)/,containerd containerd-shim-runc-v2 ctr host-local portmap ptp)
 
-.PHONY: help build deps kiln quickstart test security-results lint generate bench clean test-tools cluster-tools cluster-up cluster-down cluster-deploy images generated
+.PHONY: help build deps kiln quickstart test security-results lint generate fuzz bench clean test-tools cluster-tools cluster-up cluster-down cluster-deploy images generated
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -105,6 +106,13 @@ images: build ## Build kiln's own images with kiln (REGISTRY=HOST/PATH TAG=... p
 
 cluster-deploy: build $(BIN)/kubectl ## Build kiln's images and deploy them to the cluster of cluster-up
 	deploy/overlays/test/deploy.sh $(CLUSTER_DIR)
+
+fuzz: ## Run every fuzz target for a while (FUZZTIME=30s each)
+	$(GO) list -f '{{.Dir}}' ./... | while read -r dir; do \
+		for target in $$(grep -hos '^func Fuzz[A-Za-z0-9_]*' "$$dir"/*_test.go | cut -d' ' -f2); do \
+			echo "$${dir#$(CURDIR)/} $$target"; (cd "$$dir" && $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -parallel 2 .); \
+		done; \
+	done
 
 bench: build $(BIN)/buildkitd ## Measure kiln beside BuildKit (BENCH_ARGS="-work NAME -n RUNS")
 	$(GO) run ./bench -kiln $(BIN)/kiln -agent $(BIN)/kiln-agent -buildkitd $(BIN)/buildkitd -buildctl $(BIN)/buildctl -runc $(BIN)/runc -runsc $(BIN)/runsc -out bench/results $(BENCH_ARGS)

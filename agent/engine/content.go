@@ -2,10 +2,12 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -168,6 +170,18 @@ type domainWriter struct {
 	content.Writer
 	store    *domainContent
 	expected digest.Digest
+}
+
+// Write implements content.Writer. What a full disk has no room for is not kept to be
+// gone on with, as it otherwise is: it would keep the disk full for everybody.
+func (w *domainWriter) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	if errors.Is(err, syscall.ENOSPC) {
+		if terr := w.Truncate(0); terr != nil {
+			err = errors.Join(err, fmt.Errorf("discard what was received: %w", terr))
+		}
+	}
+	return n, err
 }
 
 // Commit implements content.Writer.

@@ -1,11 +1,15 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/mount"
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
@@ -43,4 +47,20 @@ func discardWhenFull(root sandbox.Tree) error {
 		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
 	}
 	return errors.Join(errs...)
+}
+
+// layerApplier unpacks layers, and keeps nothing of one that has filled the disk: its
+// snapshot stays until the next collection, and until then every build would fail.
+type layerApplier struct{ diff.Applier }
+
+// Apply implements diff.Applier.
+func (a layerApplier) Apply(ctx context.Context, desc ocispecs.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispecs.Descriptor, error) {
+	d, err := a.Applier.Apply(ctx, desc, mounts, opts...)
+	if err == nil {
+		return d, nil
+	}
+	if tree, readonly, perr := parseMounts(mounts); perr == nil && !readonly {
+		err = errors.Join(err, discardWhenFull(tree))
+	}
+	return d, err
 }

@@ -129,7 +129,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil),
 		ContentStore:    content,
 		ImageStore:      images,
-		Applier:         apply.NewFileSystemApplier(content),
+		Applier:         layerApplier{apply.NewFileSystemApplier(content)},
 		Differ:          walking.NewWalkingDiff(content),
 		RegistryHosts:   hosts,
 		LeaseManager:    leaseutil.WithNamespace(owned, snapshot.Namespace),

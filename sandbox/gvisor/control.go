@@ -3,8 +3,8 @@ package gvisor
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"runtime"
@@ -93,12 +93,24 @@ func exchange(conn *net.UnixConn, method string, arg any, files []*os.File, resu
 	if err != nil {
 		return err
 	}
+	return readReply(conn, result)
+}
+
+// maxReply bounds a reply in bytes: it is the sandbox's, in which the step may rule.
+const maxReply = 4 << 20
+
+// readReply reads what the other end answers into result, which may be nil.
+func readReply(r io.Reader, result any) error {
+	limited := &io.LimitedReader{R: r, N: maxReply}
 	var reply controlReply
-	if err := json.NewDecoder(conn).Decode(&reply); err != nil {
+	if err := json.NewDecoder(limited).Decode(&reply); err != nil {
+		if limited.N == 0 {
+			return fmt.Errorf("read the reply: it is longer than %d bytes", maxReply)
+		}
 		return fmt.Errorf("read the reply: %w", err)
 	}
 	if !reply.Success {
-		return errors.New(reply.Err)
+		return fmt.Errorf("%.4096s", reply.Err)
 	}
 	if result == nil {
 		return nil
