@@ -149,10 +149,8 @@ func writeBundle(bundle string, spec *specs.Spec) error {
 	return os.WriteFile(filepath.Join(bundle, "config.json"), data, 0o600)
 }
 
-// environment is that of runsc. It collects no garbage while a sandbox starts; the
-// start of the step's container ends that for the sandbox, and the limit for the
-// others. One processor is enough for all but the sandbox, which does not take
-// that from here.
+// environment is that of starters. They make little garbage and collect it late; one
+// processor is enough for them. The sandboxes do not inherit it.
 func environment(tmp string) []string {
 	return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR=" + tmp, "GOGC=off", "GOMEMLIMIT=64MiB", "GOMAXPROCS=1"}
 }
