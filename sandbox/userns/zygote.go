@@ -150,8 +150,17 @@ func (c *child) kill() {
 	<-c.ended
 }
 
-// make makes a process that runs scripts, and returns our end of its socket.
+// make makes a process that runs scripts, and returns our end of its socket. A zygote
+// that something has killed is replaced.
 func (z *zygote) make(b birth) (*child, *script.Conn, error) {
+	c, conn, err := z.tryMake(b)
+	if errors.Is(err, script.ErrEnded) {
+		c, conn, err = z.tryMake(b)
+	}
+	return c, conn, err
+}
+
+func (z *zygote) tryMake(b birth) (*child, *script.Conn, error) {
 	conn, theirs, err := script.Pair()
 	if err != nil {
 		return nil, nil, err
