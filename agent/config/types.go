@@ -228,9 +228,10 @@ type Policy struct {
 	// store images in the node's runtime, where Pods find them; none: nowhere.
 	NodeImages []string `json:"nodeImages,omitempty"`
 	// BuildKitClients says whether buildctl and docker buildx may build: "allow",
-	// "deny", or "auto". What they build runs in the tenant's default sandbox, but is
-	// subject to none of its other limits; so "auto" allows them only when network,
-	// maxResources and registries limit nothing.
+	// "deny", or "auto". What they build runs in the tenant's default sandbox. Its steps
+	// are held to network, maxResources and mounts; but nobody can tell before what it
+	// asks for, where its images come from and how long it takes. So "auto" allows them
+	// only when network, maxResources and registries limit nothing.
 	BuildKitClients string `json:"buildKitClients,omitempty"`
 }
 
