@@ -1,6 +1,7 @@
 package escape
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -57,6 +58,10 @@ type build struct {
 	LLB *llb.Definition
 	// NoExport leaves the result in the engine; otherwise it is exported to Dir.
 	NoExport bool
+	// Meets is set, to a name, when the build runs while others do; see Builds.
+	Meets string
+	// Log is called with what steps write as it comes.
+	Log func(text string)
 	// Change may change everything before the call.
 	Change func(*client.SolveOpt)
 	// Node is another node than the world's.
@@ -120,6 +125,9 @@ func (e *env) BuildContext(t *testing.T, ctx context.Context, b build) (r result
 			r.Status = append(r.Status, s)
 			for _, l := range s.Logs {
 				log.Write(l.Data)
+				if b.Log != nil {
+					b.Log(string(l.Data))
+				}
 			}
 		}
 	})
@@ -157,7 +165,7 @@ func (e *env) solveOpt(t *testing.T, b build, out string) client.SolveOpt {
 		attrs["build-arg:"+k] = v
 	}
 	maps.Copy(attrs, b.Attrs)
-	opt := client.SolveOpt{FrontendAttrs: attrs, LocalMounts: mounts, Session: b.Session}
+	opt := client.SolveOpt{FrontendAttrs: attrs, LocalMounts: mounts, Session: b.Session, SharedKey: b.Meets}
 	if b.LLB == nil {
 		opt.Frontend = "dockerfile.v0"
 	}
@@ -282,4 +290,33 @@ func memo[T any](w *world, key string, f func() T) T {
 	v := f()
 	w.memos[key] = v
 	return v
+}
+
+// Builds runs builds one after another: BuildKit races with itself when builds that
+// send the same contexts meet.
+func (e *env) Builds(t *testing.T, list []build) []result {
+	t.Helper()
+	out := make([]result, len(list))
+	for i, b := range list {
+		out[i] = e.Build(t, b)
+	}
+	return out
+}
+
+// tarOfDevices is an archive with device nodes of the node.
+func tarOfDevices(t *testing.T) string {
+	t.Helper()
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for name, d := range map[string]tar.Header{
+		"device-mem":  {Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 1},
+		"device-kmsg": {Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 11},
+		"device-tty":  {Typeflag: tar.TypeChar, Devmajor: 4, Devminor: 0},
+		"device-disk": {Typeflag: tar.TypeBlock, Devmajor: 254},
+	} {
+		d.Name, d.Mode = name, 0o666
+		require.NoError(t, w.WriteHeader(&d))
+	}
+	require.NoError(t, w.Close())
+	return buf.String()
 }

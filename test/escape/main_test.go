@@ -30,13 +30,13 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// enterNode gives the process a network and a mount namespace of its own. It
+// enterNode gives the process network, IPC and mount namespaces of its own. It
 // executes itself again, see mountns.Enter.
 func enterNode() error {
 	self := strconv.Itoa(os.Getpid())
 	if os.Getenv(netnsEnv) != self {
 		runtime.LockOSThread() // Enter executes on this thread
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWIPC); err != nil {
 			return err
 		}
 		if err := os.Setenv(netnsEnv, self); err != nil {

@@ -63,3 +63,13 @@ func (o *oracle) Requests() []*http.Request {
 	defer o.mu.Unlock()
 	return append([]*http.Request(nil), o.requests...)
 }
+
+// serveFile serves a file, where builds may fetch from, under a name that the server
+// says.
+func (w *world) serveFile(t *testing.T, name string) *oracle {
+	t.Helper()
+	return w.outsideOracle(t, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		rw.Header().Set("Content-Disposition", `attachment; filename="`+name+`"`)
+		_, _ = io.WriteString(rw, "content")
+	}))
+}

@@ -70,9 +70,7 @@ func (e *env) runRaw(t *testing.T, r raw, args ...string) string {
 	cmd := exec.Command(runc, append(args, id)...)
 	cmd.ExtraFiles = r.Files
 	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Logf("runc: %v: %s", err, out)
-	}
+	t.Logf("runc: %v: %.3000s", err, out)
 	return string(out)
 }
 
@@ -85,5 +83,5 @@ func privileged(s *specs.Spec) {
 		panic(err)
 	}
 	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all, Inheritable: all}
-	s.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}}
+	s.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Type: "a", Access: "rwm"}}}
 }

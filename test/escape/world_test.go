@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -47,6 +48,8 @@ const (
 
 // world is a node with an agent and its surroundings. All entries share it.
 type world struct {
+	// t is the test of all entries.
+	t *testing.T
 	// Root is the state directory of the node.
 	Root string
 	Node *engine.Node
@@ -72,7 +75,7 @@ const CanaryEnv = "KILN_TEST_CREDENTIAL"
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{Canary: random(t), memos: map[string]any{}, temp: t.TempDir()}
+	w := &world{t: t, Canary: random(t), memos: map[string]any{}, temp: t.TempDir()}
 	w.network(t)
 	// Builds see that name servers are those of the world.
 	resolv := filepath.Join(t.TempDir(), "resolv.conf")
@@ -88,6 +91,7 @@ func newWorld(t *testing.T) *world {
 	w.tools = makeTools(t)
 
 	w.Root = filepath.Join(t.TempDir(), "root")
+	w.neverCollect(t)
 	w.Node = w.open(t, w.Root, func(c *engine.NodeConfig) {
 		allowed, err := egress.ParseExceptions([]string{allowedLoopback})
 		require.NoError(t, err)
@@ -96,6 +100,22 @@ func newWorld(t *testing.T) *world {
 	w.Node.Warm(sandbox.Classes...)
 	w.Agent = agenttest.Serve(t, agenttest.New(t, nodeengine.New(w.Node), func(c *agent.Config) { c.Root = w.Root }))
 	return w
+}
+
+// neverCollect has engines believe that their caches were collected just now, and keeps
+// them from measuring those: BuildKit races with itself when it is asked to meanwhile.
+func (w *world) neverCollect(t *testing.T) {
+	t.Helper()
+	for _, tenant := range []string{attacker, victim} {
+		for _, c := range sandbox.Classes {
+			dir := filepath.Join(w.Root, "domains", tenant, string(c))
+			require.NoError(t, os.MkdirAll(dir, 0o700))
+			stamp := filepath.Join(dir, "collected")
+			require.NoError(t, os.WriteFile(stamp, nil, 0o600))
+			later := time.Now().Add(time.Hour)
+			require.NoError(t, os.Chtimes(stamp, later, later))
+		}
+	}
 }
 
 // open opens a node of the test's own in dir. It is closed with the test.

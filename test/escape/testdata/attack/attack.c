@@ -11,7 +11,7 @@ static const struct {
 	{"sys", sys_main}, {"fds", fds_main}, {"fdread", fdread_main}, {"read", read_main}, {"write", write_main},
 	{"chroot", chroot_main}, {"handle", handle_main}, {"exewrite", exewrite_main}, {"swap", swap_main},
 	{"open", open_main}, {"scan", scan_main}, {"cgroup", cgroup_main}, {"serve", serve_main}, {"ipc", ipc_main},
-	{"tcp", tcp_main}, {"kill", kill_main},
+	{"openall", openall_main}, {"tcp", tcp_main}, {"kill", kill_main},
 };
 
 int main(int argc, char **argv) {

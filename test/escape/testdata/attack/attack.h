@@ -8,6 +8,7 @@ int chroot_main(int argc, char **argv);
 int handle_main(int argc, char **argv);
 int exewrite_main(int argc, char **argv);
 int swap_main(int argc, char **argv);
+int openall_main(int argc, char **argv);
 int open_main(int argc, char **argv);
 int scan_main(int argc, char **argv);
 int cgroup_main(int argc, char **argv);

@@ -43,10 +43,12 @@ int fds_main(int argc, char **argv) {
 // fdread FILE reads FILE of the node by way of any descriptor that is a directory.
 int fdread_main(int argc, char **argv) {
 	char path[4096];
-	for (int fd = 0; argc > 1 && fd < 1024; fd++) {
+	for (int fd = -1; argc > 1 && fd < 1024; fd++) {
 		snprintf(path, sizeof path, "../../../../../../../..%s", argv[1]);
+		if (fd < 0) fd = AT_FDCWD; // where the step was started
 		int f = openat(fd, path, O_RDONLY);
 		if (f >= 0) print_content(argv[1], f);
+		if (fd == AT_FDCWD) fd = -1;
 	}
 	int f = open(argv[1], O_RDONLY);
 	if (f >= 0) print_content(argv[1], f);
@@ -169,22 +171,46 @@ int exewrite_main(int argc, char **argv) {
 	return 0;
 }
 
-// swap A B N exchanges two names N times, or for ever when N is 0.
+// swap A B STOP exchanges two names until there is a file STOP, and 10000 times at least.
 int swap_main(int argc, char **argv) {
+	long done = 0;
 	if (argc < 4) return 2;
-	long n = atol(argv[3]), done = 0;
-	for (long i = 0; n == 0 || i < n; i++) {
-		if (syscall(SYS_renameat2, AT_FDCWD, argv[1], AT_FDCWD, argv[2], 2 /* RENAME_EXCHANGE */) < 0) {
-			// gVisor cannot exchange; two renames are as good.
-			if (rename(argv[1], "/swap-other") < 0 && rename(argv[1], "/c/swap-other") == 0) {
-				if (rename(argv[2], argv[1]) == 0 && rename("/c/swap-other", argv[2]) == 0) done++;
-			}
-		} else {
+	printf("swapping\n");
+	for (;;) {
+		if (syscall(SYS_renameat2, AT_FDCWD, argv[1], AT_FDCWD, argv[2], 2 /* RENAME_EXCHANGE */) == 0) {
 			done++;
+		} else {
+			// gVisor cannot exchange: move one away, and the other into its place.
+			char third[4096];
+			snprintf(third, sizeof third, "%s.other", argv[1]);
+			if (rename(argv[1], third) == 0 && rename(argv[2], argv[1]) == 0 && rename(third, argv[2]) == 0) done++;
 		}
-		if (done == 10000) printf("swapped 10000 times\n");
+		if (done >= 10000 && access(argv[3], F_OK) == 0) break;
 	}
 	printf("swapped %ld times\n", done);
+	return 0;
+}
+
+static void open_all(const char *dir, int depth, int *n) {
+	char path[4096];
+	DIR *d = depth > 7 ? NULL : opendir(dir);
+	for (struct dirent *e; d && (e = readdir(d));) {
+		if (snprintf(path, sizeof path, "%s/%s", dir, e->d_name) >= (int)sizeof path) continue;
+		if (e->d_type == DT_DIR && e->d_name[0] != '.') open_all(path, depth + 1, n);
+		if (e->d_type != DT_REG) continue;
+		int fd = open(path, O_WRONLY | O_NONBLOCK);
+		if (fd < 0) continue;
+		close(fd);
+		if ((*n)++ < 5) printf("opened %s for writing\n", path);
+	}
+	if (d) closedir(d);
+}
+
+// openall DIR... opens all files below directories for writing, and writes to none.
+int openall_main(int argc, char **argv) {
+	int n = 0;
+	for (int i = 1; i < argc; i++) open_all(argv[i], 0, &n);
+	printf("opened %d files for writing\n", n);
 	return 0;
 }
 

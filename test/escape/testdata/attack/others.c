@@ -86,10 +86,7 @@ int serve_main(int argc, char **argv) {
 	for (int s = 1; s < 32; s++) signal(s, on_signal);
 	int id = shmget(KEY, 4096, IPC_CREAT | 0666);
 	char *shared = id < 0 ? (void *)-1 : shmat(id, NULL, 0);
-	if (shared != (void *)-1) {
-		strcpy(shared, text);
-		shmctl(id, IPC_RMID, NULL); // it goes with the process
-	}
+	if (shared != (void *)-1) strcpy(shared, text); // it goes with its namespace
 	struct mq_attr attr = {.mq_maxmsg = 4, .mq_msgsize = 256};
 	mq_unlink("/" NAME);
 	mqd_t q = mq_open("/" NAME, O_CREAT | O_RDWR, 0666, &attr);
@@ -153,7 +150,10 @@ int tcp_main(int argc, char **argv) {
 			struct sockaddr_in from = {.sin_family = AF_INET};
 			inet_aton(argv[1], &from.sin_addr);
 			setsockopt(fd, IPPROTO_IP, 15 /* IP_FREEBIND */, &one, sizeof one);
-			if (bind(fd, (struct sockaddr *)&from, sizeof from) < 0) printf("bind: %s\n", strerror(errno));
+			if (bind(fd, (struct sockaddr *)&from, sizeof from) < 0) {
+				printf("bind: %s\n", strerror(errno));
+				continue;
+			}
 		}
 		inet_aton(host, &to.sin_addr);
 		struct pollfd p = {fd, POLLOUT, 0};
