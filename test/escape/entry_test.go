@@ -48,7 +48,7 @@ type entry struct {
 }
 
 // classes are the first parts of IDs, in the order of the register.
-var classes = []string{"escape", "archive", "git", "registry", "tenancy", "secrets", "exhaustion", "fault"}
+var classes = []string{"escape", "archive", "git", "http", "registry", "tenancy", "secrets", "exhaustion", "fault"}
 
 var validID = regexp.MustCompile(`^([a-z]+)/[a-z0-9]+(-[a-z0-9]+)*$`)
 
