@@ -24,6 +24,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// metricsAddress is on the loopback device of a node.
+const metricsAddress = "127.0.0.1:9131"
+
 // node is a state directory, and a network namespace that is the node's for its
 // agents: nobody else makes devices or packet filters in it.
 type node struct {
@@ -36,12 +39,23 @@ type node struct {
 
 func newNode(t *testing.T, slots int) *node {
 	t.Helper()
+	return newNodeOf(t, slots, "userns")
+}
+
+// newNodeOf makes a node with classes of sandboxes, of which the first is the default.
+// With several, steps have a limit of 256 processes.
+// Its agents serve metrics on metricsAddress of its network.
+func newNodeOf(t *testing.T, slots int, classes ...string) *node {
+	t.Helper()
 	dir := t.TempDir()
 	n := &node{
 		dir: dir, socket: filepath.Join(dir, "s"), config: filepath.Join(dir, "agent.yaml"),
 		seen: map[string]bool{}, cgroups: map[string]bool{},
 	}
-	builds := ""
+	builds, tenants := "", ""
+	if len(classes) > 1 {
+		tenants = "tenants: {defaults: {defaultResources: {pids: 256}, maxResources: {pids: 256}, buildKitClients: allow}}\n"
+	}
 	if slots > 0 {
 		builds = fmt.Sprintf("slots: %d, ", slots)
 	}
@@ -50,13 +64,13 @@ kind: AgentConfiguration
 root: %s/root
 nodeName: node-1
 listeners: {unix: {path: %s}}
-sandboxes: {default: userns, enabled: [userns]}
+sandboxes: {default: %s, enabled: [%s]}
 builds: {%sminFreeDisk: 10Mi}
 records: {maxBuilds: 5000, maxBuildsPerTenant: 5000}
 gc: {reserved: 5Gi, maxUsed: 10Gi, minFree: 10Mi}
-metrics: {address: "0"}
+metrics: {address: %q}
 health: {address: "0"}
-`, dir, n.socket, builds), 0o600))
+%s`, dir, n.socket, classes[0], strings.Join(classes, ", "), builds, metricsAddress, tenants), 0o600))
 
 	holder := exec.Command("unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600")
 	holder.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -153,8 +167,11 @@ func (n *node) look() {
 			_, path, _ := strings.Cut(strings.TrimSpace(line), ":")
 			_, path, _ = strings.Cut(path, ":")
 			if name, ok := strings.CutPrefix(path, "/kiln/"); ok {
-				name, _, _ = strings.Cut(name, "/")
-				n.cgroups[name] = true
+				parts := strings.Split(name, "/")
+				if parts[0] == "gvisor" && len(parts) > 1 { // which all agents of the machine share
+					parts = []string{parts[0] + "/" + parts[1]}
+				}
+				n.cgroups[parts[0]] = parts[0] != "gvisor"
 			}
 		}
 	}
@@ -194,7 +211,10 @@ func (n *node) left(t *testing.T) []string {
 			out = append(out, fmt.Sprintf("process %s %q", pid, cmdline))
 		}
 	}
-	for name := range n.cgroups {
+	for name, own := range n.cgroups {
+		if !own {
+			continue
+		}
 		dirs, err := filepath.Glob("/sys/fs/cgroup/*/kiln/" + name)
 		require.NoError(t, err)
 		more, err := filepath.Glob("/sys/fs/cgroup/kiln/" + name)
