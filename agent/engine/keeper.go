@@ -45,6 +45,9 @@ type keeper struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 
+	// busy is when builds last kept run from collecting and the cache was looked at,
+	// or zero. It is run's own.
+	busy time.Time
 	// pruning has room for the one who collects. It guards unreleased.
 	pruning chan struct{}
 	// unreleased says that keys of removed records are still there.
@@ -174,8 +177,19 @@ func (k *keeper) wait() time.Duration {
 // bounds. It returns whether one runs.
 func (k *keeper) collect(ctx context.Context) (busy bool, err error) {
 	if err := k.prune(ctx, false, k.policy...); !errors.Is(err, errBuildRuns) {
+		k.busy = time.Time{}
 		return false, err
 	}
+	// Most builds are over soon. Measuring the cache is work, and BuildKit races
+	// with itself when a build commits a snapshot meanwhile.
+	now := time.Now()
+	if k.busy.IsZero() || now.Sub(k.busy) < collectInterval {
+		if k.busy.IsZero() {
+			k.busy = now
+		}
+		return true, nil
+	}
+	k.busy = now
 	over, err := k.over(ctx)
 	if err == nil && over {
 		err = k.prune(ctx, true, k.policy...)

@@ -31,14 +31,6 @@ func newRuntimes(cfg NodeConfig) *runtimes {
 	return &runtimes{cfg: cfg, made: map[sandbox.Class]sandbox.Runtime{}}
 }
 
-// most returns the most that a step of a domain may use.
-func (r *runtimes) most(d Domain) sandbox.Limits {
-	if r.cfg.Limits == nil {
-		return sandbox.Limits{}
-	}
-	return r.cfg.Limits(d)
-}
-
 // get returns the runtime of a class.
 func (r *runtimes) get(ctx context.Context, class sandbox.Class) (sandbox.Runtime, error) {
 	r.mu.Lock()

@@ -33,8 +33,8 @@ func newAsker(t *testing.T, root string, sockets bool) asker {
 	return asker{t, conn}
 }
 
-// ask sends a request and returns the answer, the error in it, and the file with it.
-func (a asker) ask(kind uint16, payload []byte) ([]byte, error, *os.File) {
+// ask sends a request and returns the answer, the file with it, and the error in it.
+func (a asker) ask(kind uint16, payload []byte) ([]byte, *os.File, error) {
 	msg := binary.LittleEndian.AppendUint32(nil, uint32(len(payload)))
 	msg = append(binary.LittleEndian.AppendUint16(msg, kind), 0, 0)
 	_, err := a.conn.Write(append(msg, payload...))
@@ -53,10 +53,10 @@ func (a asker) ask(kind uint16, payload []byte) ([]byte, error, *os.File) {
 		a.t.Cleanup(func() { file.Close() })
 	}
 	if binary.LittleEndian.Uint16(buf[4:]) == msgError {
-		return nil, unix.Errno(binary.LittleEndian.Uint32(buf[8:])), file
+		return nil, file, unix.Errno(binary.LittleEndian.Uint32(buf[8:]))
 	}
 	require.Equal(a.t, kind, binary.LittleEndian.Uint16(buf[4:]))
-	return buf[8:n], nil, file
+	return buf[8:n], file, nil
 }
 
 func numbers(values ...uint64) (out []byte) {
@@ -88,24 +88,24 @@ func TestFileServer(t *testing.T) {
 	defer l.Close()
 
 	a := newAsker(t, dir, false)
-	_, err, root := a.ask(msgMount, nil)
+	_, root, err := a.ask(msgMount, nil)
 	require.NoError(t, err)
 	_, err = os.Stat(procPath(root) + "/a/b")
 	require.NoError(t, err)
-	_, err, opened := a.ask(msgOpen, numbers(rootNumber, unix.O_RDONLY))
+	_, opened, err := a.ask(msgOpen, numbers(rootNumber, unix.O_RDONLY))
 	require.NoError(t, err)
 	names, err := opened.Readdirnames(-1)
 	require.NoError(t, err)
 	require.ElementsMatch(t, []string{"a", "fifo", "socket"}, names)
 
-	reply, err, _ := a.ask(msgWalk, walkTo("a", "link"))
+	reply, _, err := a.ask(msgWalk, walkTo("a", "link"))
 	require.NoError(t, err)
 	number := binary.LittleEndian.Uint64(reply[3+inodeSize:])
-	reply, err, _ = a.ask(msgListXattr, numbers(number, 1000))
+	reply, _, err = a.ask(msgListXattr, numbers(number, 1000))
 	require.NoError(t, err)
 	require.Equal(t, append([]byte{1, 0}, appendString(nil, "security.kiln")...), reply)
 	get := func(name string) []byte { return appendString(append(numbers(number), 0, 4, 0, 0), name) }
-	reply, err, _ = a.ask(msgGetXattr, get("security.kiln"))
+	reply, _, err = a.ask(msgGetXattr, get("security.kiln"))
 	require.NoError(t, err)
 	require.Equal(t, appendString(nil, "seen"), reply)
 
@@ -125,7 +125,7 @@ func TestFileServer(t *testing.T) {
 		"sockets where there are none":           {msgConnect, numbers(rootNumber, unix.SOCK_STREAM), unix.EOPNOTSUPP},
 		"a request that is not known":            {8, nil, unix.EOPNOTSUPP},
 	} {
-		_, err, file := a.ask(c.kind, c.data)
+		_, file, err := a.ask(c.kind, c.data)
 		require.Equal(t, c.want, err, name)
 		require.Nil(t, file, name)
 	}
@@ -145,18 +145,18 @@ func TestFileServer(t *testing.T) {
 	deep := strings.Repeat("d", 250)
 	require.NoError(t, os.Mkdir(filepath.Join(dir, deep), 0o755))
 	for err == nil {
-		reply, err, _ = a.ask(msgWalk, walkTo(deep))
+		_, _, err = a.ask(msgWalk, walkTo(deep))
 	}
 	require.Equal(t, unix.EMFILE, err)
-	_, err, _ = a.ask(msgClose, append([]byte{1, 0}, numbers(number+1)...))
+	_, _, err = a.ask(msgClose, append([]byte{1, 0}, numbers(number+1)...))
 	require.NoError(t, err)
-	_, err, _ = a.ask(msgWalk, walkTo(deep))
+	_, _, err = a.ask(msgWalk, walkTo(deep))
 	require.NoError(t, err)
 
-	_, err, _ = newAsker(t, dir+"/fifo", false).ask(msgOpen, numbers(rootNumber, unix.O_RDONLY))
+	_, _, err = newAsker(t, dir+"/fifo", false).ask(msgOpen, numbers(rootNumber, unix.O_RDONLY))
 	require.Equal(t, unix.ENXIO, err)
 	s := newAsker(t, dir+"/socket", true)
-	_, err, conn := s.ask(msgConnect, numbers(rootNumber, unix.SOCK_STREAM))
+	_, conn, err := s.ask(msgConnect, numbers(rootNumber, unix.SOCK_STREAM))
 	require.NoError(t, err)
 	require.NotNil(t, conn)
 }

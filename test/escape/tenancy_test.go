@@ -96,7 +96,8 @@ var _ = register(
 		Without: "an engine for each class: both are of one",
 		Off: func(t *testing.T, e *env) bool {
 			unique := random(t)
-			return runID(t, e, unique) == runID(t, e, unique)
+			first := runID(t, e, unique)
+			return first == runID(t, e, unique)
 		},
 	},
 	entry{

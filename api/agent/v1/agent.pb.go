@@ -2502,11 +2502,13 @@ type StepUsage struct {
 	Throttled *durationpb.Duration `protobuf:"bytes,2,opt,name=throttled,proto3" json:"throttled,omitempty"`
 	// The most memory at a time, in bytes; 0: unknown.
 	PeakMemoryBytes int64 `protobuf:"varint,3,opt,name=peak_memory_bytes,json=peakMemoryBytes,proto3" json:"peak_memory_bytes,omitempty"`
-	// Bytes, and files and directories, that it left on disk; 0 when they were not counted.
+	// Bytes that it left on disk; 0 when they were not counted.
 	DiskBytes int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
-	Inodes    int64 `protobuf:"varint,5,opt,name=inodes,proto3" json:"inodes,omitempty"`
-	// Bytes read from and written to disks, as far as the kernel knows.
-	IoReadBytes  int64 `protobuf:"varint,6,opt,name=io_read_bytes,json=ioReadBytes,proto3" json:"io_read_bytes,omitempty"`
+	// Files and directories that it left on disk; 0 when they were not counted.
+	Inodes int64 `protobuf:"varint,5,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// Bytes read from disks, as far as the kernel knows.
+	IoReadBytes int64 `protobuf:"varint,6,opt,name=io_read_bytes,json=ioReadBytes,proto3" json:"io_read_bytes,omitempty"`
+	// Bytes written to disks, as far as the kernel knows.
 	IoWriteBytes int64 `protobuf:"varint,7,opt,name=io_write_bytes,json=ioWriteBytes,proto3" json:"io_write_bytes,omitempty"`
 	// Bytes of output, with those that were dropped.
 	LogBytes int64 `protobuf:"varint,8,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`

@@ -1547,10 +1547,11 @@ type Resources struct {
 	Inodes int64 `protobuf:"varint,5,opt,name=inodes,proto3" json:"inodes,omitempty"`
 	// Files that each process of a step may have open; 0: the agent's default.
 	OpenFiles int64 `protobuf:"varint,6,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
-	// Bytes of a step's output that are kept, and bytes a second; 0: the agent's
-	// default. What is over is dropped, and the step goes on.
+	// Bytes of a step's output that are kept; 0: the agent's default. What is over is
+	// dropped, and the step goes on.
 	LogBytes int64 `protobuf:"varint,7,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	LogRate  int64 `protobuf:"varint,8,opt,name=log_rate,json=logRate,proto3" json:"log_rate,omitempty"`
+	// Bytes of a step's output that are kept in a second, likewise.
+	LogRate int64 `protobuf:"varint,8,opt,name=log_rate,json=logRate,proto3" json:"log_rate,omitempty"`
 	// Size of a step's /dev/shm in bytes; 0: the agent's default.
 	ShmBytes int64 `protobuf:"varint,9,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	// How long a step may run; unset: as long as the build.
