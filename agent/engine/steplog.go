@@ -24,6 +24,10 @@ const (
 	DefaultLogRate = 200 << 10
 	// maxLogTail is the most of a step's limit that is kept for its last output.
 	maxLogTail = 256 << 10
+	// dropRate is how much output is dropped a second. A step that floods its log
+	// waits, as it would for a slow terminal: to read and drop as fast as it can write
+	// would cost its neighbours a processor.
+	dropRate = 32 << 20
 )
 
 // stepLog passes the output of a step on, within its limits. What is beyond them is
@@ -41,6 +45,9 @@ type stepLog struct {
 	written, passed int64
 	// clipping is set while output is dropped, and clipped when some was.
 	clipping, clipped bool
+	// dropped is what was dropped since droppedFrom.
+	dropped     int64
+	droppedFrom time.Time
 	// tail is the last that was dropped, of a stream.
 	tail       []byte
 	tailStream int
@@ -102,11 +109,12 @@ var _ io.Writer = (*logStream)(nil)
 
 // Write implements io.Writer. It never fails.
 func (s *logStream) Write(p []byte) (int, error) {
-	s.log.write(s.stream, p)
+	time.Sleep(s.log.write(s.stream, p))
 	return len(p), nil
 }
 
-func (s *stepLog) write(stream int, data []byte) {
+// write takes output of a stream, and returns how long that has to wait.
+func (s *stepLog) write(stream int, data []byte) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.written += int64(len(data))
@@ -123,13 +131,25 @@ func (s *stepLog) write(stream int, data []byte) {
 	}
 	if n == int64(len(data)) {
 		s.clipping, s.tail = false, nil
-		return
+		return 0
 	}
 	if !s.clipping {
 		s.clipping, s.clipped = true, true
 		s.pass(stream, fmt.Appendf(nil, "\n[output clipped, log limit %s reached]\n", reason))
 	}
 	s.drop(stream, data[n:])
+	return s.pace(int64(len(data)) - n)
+}
+
+// pace returns how long to wait after so much was dropped. The caller holds mu.
+func (s *stepLog) pace(dropped int64) time.Duration {
+	now := time.Now()
+	// What was not dropped in a second that is over cannot be made up for.
+	if now.Sub(s.droppedFrom) > time.Second {
+		s.dropped, s.droppedFrom = 0, now
+	}
+	s.dropped += dropped
+	return time.Duration(float64(s.dropped)/dropRate*float64(time.Second)) - now.Sub(s.droppedFrom)
 }
 
 // drop remembers the end of what is dropped. The caller holds mu.

@@ -87,13 +87,31 @@ func TestStepLogOfOneLine(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	var got logged
 	log := newStepLog(sandbox.Limits{LogBytes: 1 << 20, LogRate: 1 << 30}, got.take)
-	w := &logStream{log, stdoutStream}
 	chunk := bytes.Repeat([]byte("\x00\x1b[2J\xff\x07"), 4<<10)
 	for range 100 << 20 / len(chunk) {
-		_, _ = w.Write(chunk)
+		log.write(stdoutStream, chunk)
 	}
 	log.end(true)
 	runtime.ReadMemStats(&after)
 	require.LessOrEqual(t, got.out.Len(), 1<<20+100)
 	require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(16<<20), "all that was ever allocated")
+}
+
+// TestFloodsAreSlowed has a step write ten seconds' worth of what is dropped, after
+// what is not slowed.
+func TestFloodsAreSlowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got logged
+		w := &logStream{newStepLog(sandbox.Limits{LogBytes: 4 << 20, LogRate: 1 << 30}, got.take), stdoutStream}
+		chunk := make([]byte, 32<<10)
+		began := time.Now()
+		for range 2 << 20 / len(chunk) {
+			_, _ = w.Write(chunk)
+		}
+		require.Zero(t, time.Since(began))
+		for range 10 * dropRate / len(chunk) {
+			_, _ = w.Write(chunk)
+		}
+		require.InDelta(t, 10, time.Since(began).Seconds(), 1)
+	})
 }

@@ -39,7 +39,7 @@ func table(done map[string]map[string]bool) string {
 	b.WriteString(`# Security results
 
 What kiln was attacked with, and what came of it. Written by ` + "`make security-results`" + `, which runs all of it; do not edit. *held*: the attack was
-tried in this sandbox and did not succeed. *Fires without*: the same attack succeeds when only the control named is taken away, so the test
+tried in this sandbox and did not succeed. *Fires without*: the same attack succeeds when the control named is taken away, so the test
 can tell; "—" means that this was not shown.
 `)
 	before := ""

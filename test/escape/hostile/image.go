@@ -55,9 +55,3 @@ func encode(v any) []byte {
 	}
 	return data
 }
-
-// Nest puts the manifest into an index, which takes its place.
-func (im *Image) Nest() {
-	index := ocispecs.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispecs.MediaTypeImageIndex, Manifests: []ocispecs.Descriptor{im.Manifest}}
-	im.Manifest = im.Add(ocispecs.MediaTypeImageIndex, encode(index))
-}
