@@ -6,11 +6,15 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
 	"github.com/stretchr/testify/require"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/snapshot"
 )
 
 // withClient runs fn with a client of a domain's engine.
@@ -101,4 +105,19 @@ func TestCollectKeepsWhatIsReserved(t *testing.T) {
 	require.NotZero(t, before)
 	require.NoError(t, n.Collect(context.Background()))
 	require.Equal(t, before, records())
+}
+
+// TestGarbageIsCollectedAlsoWhenStopped has many leases to look at, as containerd
+// notices a cancelled context only then.
+func TestGarbageIsCollectedAlsoWhenStopped(t *testing.T) {
+	n := openTestNode(t)
+	ctx, cancel := context.WithCancel(namespaces.WithNamespace(context.Background(), snapshot.Namespace))
+	manager := metadata.NewLeaseManager(n.store.DB)
+	for range 50 {
+		_, err := manager.Create(ctx, leases.WithRandomID())
+		require.NoError(t, err)
+	}
+	cancel()
+	_, err := collectGarbage(n.store.DB)(ctx)
+	require.NoError(t, err)
 }
