@@ -74,9 +74,6 @@ func (a *Archive) Bytes() []byte {
 	return append(bytes.Clone(a.buf.Bytes()), make([]byte, 2*block)...)
 }
 
-// Raw adds bytes as they are.
-func (a *Archive) Raw(data []byte) { a.buf.Write(data) }
-
 // Add writes an entry.
 func (a *Archive) Add(e Encoding, entry Entry) {
 	name, target, records := entry.Name, entry.Target, entry.Records
