@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,6 +43,7 @@ func TestNothingIsLeftOfAnyEnd(t *testing.T) {
 	r := &endRun{ctx: ctx, states: map[string]int{}}
 	var a *agent
 	var settled figures
+	var opened map[string]int
 	for phase := range phases {
 		a = n.start(t)
 		from, to := ends*phase/phases, ends*(phase+1)/phases
@@ -53,6 +55,7 @@ func TestNothingIsLeftOfAnyEnd(t *testing.T) {
 		warm := from + 2*len(everyEnd)
 		r.run(t, a, from, warm, 0)
 		settled = a.settled(t, func(figures) bool { return false })
+		opened = a.descriptors(t)
 		r.run(t, a, warm, to, 0)
 	}
 	t.Logf("%d builds: %v", ends, r.states)
@@ -62,6 +65,11 @@ func TestNothingIsLeftOfAnyEnd(t *testing.T) {
 		}
 	}
 	now := a.settled(t, func(f figures) bool { return f.within(settled) })
+	for kind, count := range a.descriptors(t) {
+		if count != opened[kind] {
+			t.Logf("the agent had %d descriptors of %s when it was warm, and has %d", opened[kind], kind, count)
+		}
+	}
 	t.Logf("the agent had %+v when it was warm, and has %+v", settled, now)
 	require.True(t, now.within(settled), "the agent had %+v when it was warm, and has %+v", settled, now)
 
@@ -193,10 +201,11 @@ func (a *agent) cancelWhenSeen(ctx context.Context, id string) error {
 // figures are what an agent holds.
 type figures struct{ Goroutines, Files int }
 
-// within tells whether f is no more than f0, but for what comes and goes: sandboxes that
-// are being prepared, and connections.
+// within tells whether f is no more than f0, but for what comes and goes: sandboxes and
+// networks that are being prepared, and connections. It is less than one for each other
+// build of the last agent.
 func (f figures) within(f0 figures) bool {
-	const slack = 25
+	const slack = ends / phases / 3
 	return f.Goroutines <= f0.Goroutines+slack && f.Files <= f0.Files+slack
 }
 
@@ -228,6 +237,23 @@ func (a *agent) figures(t *testing.T) figures {
 	}
 	return figures{read("go_goroutines"), read("process_open_fds")}
 }
+
+// descriptors counts what the agent has open by what it is, without numbers.
+func (a *agent) descriptors(t *testing.T) map[string]int {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", a.cmd.Process.Pid)
+	fds, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	kinds := map[string]int{}
+	for _, fd := range fds {
+		if target, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil { // or it is closed
+			kinds[numbers.ReplaceAllString(target, "N")]++
+		}
+	}
+	return kinds
+}
+
+var numbers = regexp.MustCompile("[0-9]+")
 
 // checkStoreEmpty looks into the store of a node without an agent, whose caches were
 // pruned.
