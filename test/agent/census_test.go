@@ -205,7 +205,7 @@ type figures struct{ Goroutines, Files int }
 // networks that are being prepared, and connections. It is less than one for each other
 // build of the last agent.
 func (f figures) within(f0 figures) bool {
-	const slack = ends / phases / 3
+	const slack = ends / phases * 2 / 5
 	return f.Goroutines <= f0.Goroutines+slack && f.Files <= f0.Files+slack
 }
 
