@@ -191,7 +191,8 @@ func (p *stepPolicy) mountType(m sandbox.Mount, types map[string]string) string 
 		return policy.MountBind
 	case p.madeForStep(m.Tree.Dir, "buildkit-secrets"):
 		return policy.MountSecret
-	case m.Readonly && p.madeForStep(m.Tree.Dir, "buildkit-qemu-emulator"):
+	case m.Readonly && (p.madeForStep(m.Tree.Dir, "buildkit-qemu-emulator") || p.madeForStep(m.Tree.Dir, "buildkit-metadata")):
+		// The second is what a front end is told about itself.
 		return policy.MountBind
 	}
 	return ""

@@ -148,21 +148,34 @@ func withTools(t *testing.T) []string {
 	return []string{"--build-context", "tools=" + dir}
 }
 
-// takeCensus compares what the node holds before the test and after it.
+// takeCensus wants the node to hold nothing after the test that it did not hold before.
 func takeCensus(t *testing.T, root string) {
 	t.Helper()
 	before := census(t, root)
 	t.Cleanup(func() {
 		// The kernel takes network devices away some milliseconds after their
 		// namespace's last descriptor is closed.
-		var after []string
+		var left []string
 		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
-			if after = census(t, root); slices.Equal(before, after) {
+			if left = more(census(t, root), before); len(left) == 0 {
 				return
 			}
 		}
-		require.Equal(t, strings.Join(before, "\n"), strings.Join(after, "\n"), "something is left on the node")
+		require.Empty(t, left, "something is left on the node")
 	})
+}
+
+// more returns what of after is not in before. What was left by others may go meanwhile.
+func more(after, before []string) (out []string) {
+	before = slices.Clone(before)
+	for _, have := range after {
+		if i := slices.Index(before, have); i >= 0 {
+			before = slices.Delete(before, i, i+1)
+		} else {
+			out = append(out, have)
+		}
+	}
+	return out
 }
 
 // census lists mounts, network devices, packet-filter tables, cgroups, and the
