@@ -174,8 +174,10 @@ func smallDisk(t *testing.T, megabytes int64) string {
 		require.NoError(t, err, "%s: %s", c[0], out)
 	}
 	t.Cleanup(func() {
-		out, err := exec.Command("umount", dir).CombinedOutput()
-		require.NoError(t, err, "%s", out)
+		// An engine that is closed does not wait for the last calls to it.
+		require.Eventually(t, func() bool {
+			return exec.Command("umount", dir).Run() == nil
+		}, 10*time.Second, 50*time.Millisecond, "the disk stays in use")
 	})
 	return dir
 }
