@@ -202,11 +202,10 @@ func (a *agent) cancelWhenSeen(ctx context.Context, id string) error {
 type figures struct{ Goroutines, Files int }
 
 // within tells whether f is no more than f0, but for what comes and goes: sandboxes and
-// networks that are being prepared, and connections. It is less than one for each other
-// build of the last agent.
+// networks that are being prepared, connections, and pipes, which Go keeps for splice
+// until it collects garbage. It is less than one for each of the last agent's builds.
 func (f figures) within(f0 figures) bool {
-	const slack = ends / phases * 2 / 5
-	return f.Goroutines <= f0.Goroutines+slack && f.Files <= f0.Files+slack
+	return f.Goroutines <= f0.Goroutines+50 && f.Files <= f0.Files+80
 }
 
 // settled returns what the agent holds once it does not change any more or is enough.
