@@ -16,7 +16,7 @@ const DestinationsKey = "kiln.destinations"
 func EncodeDestinations(list []string) string { return strings.Join(list, ",") }
 
 // DecodeDestinations reads what EncodeDestinations writes, such as
-// "deb.debian.org:80,*.example.org,198.51.100.0/24:443".
+// "packages.example.com:80,*.example.org,198.51.100.0/24:443".
 func DecodeDestinations(s string) ([]egress.Exception, error) {
 	if s == "" {
 		return nil, nil

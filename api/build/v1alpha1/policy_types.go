@@ -128,8 +128,8 @@ type NetworkRules struct {
 // what a policy's list names: an address or CIDR that lies within what is denied.
 type DestinationRules struct {
 	// All that may be reached: CIDRs ("198.51.100.0/24"), addresses, host names
-	// ("deb.debian.org") and domains of which the subdomains are meant ("*.example.org"),
-	// each with a port if need be ("deb.debian.org:80", "[2001:db8::1]:443"). Only these
+	// ("packages.example.com") and domains of which the subdomains are meant ("*.example.org"),
+	// each with a port if need be ("packages.example.com:80", "[2001:db8::1]:443"). Only these
 	// names are resolved. Unset: all that is not denied.
 	// +optional
 	// +listType=set
