@@ -92,6 +92,18 @@ func TestGroupHoldsProcesses(t *testing.T) {
 	require.Error(t, cmd.Wait())
 }
 
+// A sandbox that was killed goes when the kernel has taken back what it had.
+func TestRemoveWaitsForProcesses(t *testing.T) {
+	n, g, name := newGroup(t)
+	cmd := exec.Command("sleep", "1.2")
+	require.NoError(t, cmd.Start())
+	require.NoError(t, g.Add(cmd.Process.Pid))
+	reaped := make(chan error, 1)
+	go func() { reaped <- cmd.Wait() }()
+	require.NoError(t, n.Remove(name))
+	require.NoError(t, <-reaped)
+}
+
 func TestLimitsAreWritten(t *testing.T) {
 	_, g, _ := newGroup(t)
 	require.NoError(t, g.Limit(sandbox.Limits{}))

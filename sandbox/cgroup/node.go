@@ -256,28 +256,37 @@ func (h *hierarchy) vacate() error {
 	return nil
 }
 
+// patience is how long Remove waits for processes that are about to be gone. A killed
+// sandbox with much memory on a busy node takes more than a second to go.
+const patience = 15 * time.Second
+
 // Remove removes the group called name, whose processes are gone or about to be. It
-// waits a while for the kernel to notice. A group that does not exist is no error.
+// waits for them up to 15 s. A group that does not exist is no error.
 func (n *Node) Remove(name string) error {
+	deadline := time.Now().Add(patience)
 	var errs []error
 	// The unified one is the last, so that who finds it there finds the others.
 	for _, h := range slices.Backward(n.hierarchies) {
-		errs = append(errs, h.remove(name))
+		errs = append(errs, h.remove(name, deadline))
 	}
 	return errors.Join(errs...)
 }
 
-func (h *hierarchy) remove(name string) (err error) {
-	for range 100 {
-		if err = unix.Rmdir(h.path(name, "")); err == nil || errors.Is(err, unix.ENOENT) {
+func (h *hierarchy) remove(name string, deadline time.Time) error {
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		err := unix.Rmdir(h.path(name, ""))
+		if err == nil || errors.Is(err, unix.ENOENT) {
 			return nil
 		}
 		if !errors.Is(err, unix.EBUSY) {
-			break
+			return fmt.Errorf("remove cgroup %s: %w", name, err)
 		}
-		time.Sleep(5 * time.Millisecond)
+		if time.Now().After(deadline) {
+			procs, _ := os.ReadFile(h.path(name, "cgroup.procs")) // it only explains
+			return fmt.Errorf("remove cgroup %s, which has processes %q: %w", name, strings.Fields(string(procs)), err)
+		}
+		time.Sleep(wait)
 	}
-	return fmt.Errorf("remove cgroup: %w", err)
 }
 
 // Tidy removes the group called name if it is empty and nothing uses it.

@@ -53,17 +53,18 @@ func (r *Runtime) newBox(ctx context.Context, k kind) (_ *box, err error) {
 	b.tmp = filepath.Join(b.dir, "t")
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, b.release())
+			left := b.release()
+			r.pool.fail(left) // nobody may wait for this sandbox
+			err = errors.Join(err, left)
 		}
 	}()
 	if err := os.Mkdir(b.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make directory of the sandbox: %w", err)
 	}
-	b.defers = append(b.defers, func() error { return os.RemoveAll(b.dir) })
+	b.defers = append(b.defers, b.forget)
 	if b.cgroup, err = r.cgroups.Make(r.cgroupOf(b.id)); err != nil {
 		return nil, err
 	}
-	b.defers = append(b.defers, b.removeCgroup)
 	for _, d := range []string{b.tmp, b.runscRoot()} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			return nil, err
@@ -213,6 +214,15 @@ func (b *box) waitKilled() error {
 	case <-time.After(10 * time.Second):
 		return errors.New("the sandbox does not end although it is killed")
 	}
+}
+
+// forget removes the cgroup of the sandbox, and then its directory, by which the next
+// process would find the cgroup if it could not be removed.
+func (b *box) forget() error {
+	if err := b.removeCgroup(); err != nil {
+		return err
+	}
+	return os.RemoveAll(b.dir)
 }
 
 // release ends the sandbox and gives back everything that it holds.

@@ -21,6 +21,9 @@ func (r *Runtime) cgroupOf(box string) string { return path.Join("/", r.cfg.Cgro
 
 // removeCgroup removes the cgroup of a sandbox that has ended.
 func (b *box) removeCgroup() error {
+	if b.cgroup == nil {
+		return nil
+	}
 	b.cgroup.Close()
 	return b.r.cgroups.Remove(b.r.cgroupOf(b.id))
 }

@@ -160,13 +160,16 @@ func (p *pool) discard(b *box) {
 
 // later runs what releases something in the background.
 func (p *pool) later(release func() error) {
-	p.releasing.Go(func() {
-		if err := release(); err != nil {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.failed = errors.Join(p.failed, err)
-		}
-	})
+	p.releasing.Go(func() { p.fail(release()) })
+}
+
+// fail keeps what could not be released, if err is not nil, for close to tell.
+func (p *pool) fail(err error) {
+	if err != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.failed = errors.Join(p.failed, err)
+	}
 }
 
 // close takes away everything that was prepared and waits for it.
