@@ -114,17 +114,22 @@ func (f *domainFetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts 
 	}
 }
 
-// sources gives a worker sources that obey the policy in place of its own.
+// sources gives a worker sources that obey the policy in place of its own. By HTTP none
+// keeps what has filled the disk.
 func (f *domainFetching) sources(w *base.Worker, hosts docker.RegistryHosts) error {
-	if f == nil {
-		return nil
+	opt := httpsource.Opt{CacheAccessor: downloads{w.CacheMgr}}
+	if f != nil {
+		opt.Transport = f.client.Transport
 	}
-	h, err := httpsource.NewSource(httpsource.Opt{CacheAccessor: w.CacheMgr, Transport: f.client.Transport})
+	h, err := httpsource.NewSource(opt)
 	if err != nil {
 		return fmt.Errorf("make HTTP source: %w", err)
 	}
 	w.HTTPSource = h
 	w.SourceManager.Register(h)
+	if f == nil {
+		return nil
+	}
 	if w.GitSource != nil {
 		w.SourceManager.Register(gitSource{w.GitSource, f.policy})
 	}

@@ -166,8 +166,12 @@ func (k *keeper) hasBuilt() bool {
 	return k.built
 }
 
-// wait returns for how long there is no need to collect.
+// wait returns for how long there is no need to collect. A full disk does not wait: it
+// fails everybody's builds.
 func (k *keeper) wait() time.Duration {
+	if full, err := isFull(k.root); err == nil && full {
+		return settleTime
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return max(settleTime, collectInterval-time.Since(k.last))

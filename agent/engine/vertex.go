@@ -42,7 +42,8 @@ func vertexOf(ctx context.Context) vertex {
 	return v
 }
 
-// vertexWorker is BuildKit's worker, but tells the executor which step it runs.
+// vertexWorker is BuildKit's worker, but tells the executor which step it runs, and has
+// steps that write files keep nothing when they have filled the disk.
 type vertexWorker struct{ *base.Worker }
 
 var _ worker.Worker = vertexWorker{}
@@ -50,6 +51,11 @@ var _ worker.Worker = vertexWorker{}
 // ResolveOp implements worker.Worker.
 func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, sm *session.Manager, proxy worker.ProxyOpt) (solver.Op, error) {
 	op, _ := v.Sys().(*pb.Op)
+	if file := op.GetFile(); file != nil {
+		trees := &notedTrees{Manager: w.CacheManager()}
+		f, err := ops.NewFileOp(v, &pb.Op_File{File: file}, trees, w.ParallelismSem, w.Worker)
+		return fileOp{f, trees}, err
+	}
 	exec := op.GetExec()
 	if exec == nil {
 		return w.Worker.ResolveOp(v, b, sm, proxy)
