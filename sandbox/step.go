@@ -25,6 +25,11 @@ type Step struct {
 	// the same time. Empty means an owner of its own.
 	Owner string
 
+	// Build is what only steps of one build have, which nobody can guess. A step may be
+	// run in the sandbox of the step whose result its root is, once that has ended, if
+	// both have the same Build. Empty means that it has a sandbox of its own.
+	Build string
+
 	// Root is the root file system. Its upper directory, or its Dir when it is a
 	// writable directory, receives what the step writes.
 	Root Tree

@@ -7,6 +7,7 @@ import (
 
 	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/frontend"
+	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
@@ -15,8 +16,12 @@ import (
 	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
+// buildKey is where the description of a step has what only those of one call of a front
+// end have; see sandbox.Step.Build.
+const buildKey = "kiln.build"
+
 // checkedFrontend runs a front end that policy allows, and has every step that it asks for
-// carry the limits of its options.
+// carry the limits of its options, and a name of this call.
 type checkedFrontend struct {
 	frontend.Frontend
 	// name tells what runs, by the options.
@@ -36,29 +41,27 @@ func (f *checkedFrontend) Solve(ctx context.Context, bridge frontend.FrontendLLB
 	if _, err := steplimits.DecodeDestinations(opts[steplimits.DestinationsKey]); err != nil {
 		return nil, fmt.Errorf("option of the front end: %w", err)
 	}
-	limits := map[string]string{}
+	described := map[string]string{buildKey: identity.NewID()}
 	for _, key := range []string{steplimits.Key, steplimits.DestinationsKey} {
 		if opts[key] != "" {
-			limits[key] = opts[key]
+			described[key] = opts[key]
 		}
 	}
-	if len(limits) > 0 {
-		bridge = &limitingBridge{FrontendLLBBridge: bridge, limits: limits}
-	}
+	bridge = &describingBridge{FrontendLLBBridge: bridge, described: described}
 	return f.Frontend.Solve(ctx, bridge, exec, opts, inputs, sid, sm)
 }
 
-// limitingBridge writes limits into the description of every step that passes.
-type limitingBridge struct {
+// describingBridge writes into the description of every step that passes.
+type describingBridge struct {
 	frontend.FrontendLLBBridge
-	limits map[string]string
+	described map[string]string
 }
 
 // Solve implements frontend.FrontendLLBBridge.
-func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, sid string) (*frontend.Result, error) {
+func (b *describingBridge) Solve(ctx context.Context, req frontend.SolveRequest, sid string) (*frontend.Result, error) {
 	var err error
 	if req.Definition != nil {
-		if req.Definition, err = describe(req.Definition, b.limits); err != nil {
+		if req.Definition, err = describe(req.Definition, b.described); err != nil {
 			return nil, err
 		}
 	}
@@ -67,10 +70,11 @@ func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, s
 		if req.FrontendOpt == nil {
 			req.FrontendOpt = map[string]string{}
 		}
-		maps.Copy(req.FrontendOpt, b.limits)
+		maps.Copy(req.FrontendOpt, b.described)
+		delete(req.FrontendOpt, buildKey) // it gets one of its own
 		req.FrontendInputs = maps.Clone(req.FrontendInputs)
 		for name, def := range req.FrontendInputs {
-			if req.FrontendInputs[name], err = describe(def, b.limits); err != nil {
+			if req.FrontendInputs[name], err = describe(def, b.described); err != nil {
 				return nil, err
 			}
 		}
@@ -78,9 +82,9 @@ func (b *limitingBridge) Solve(ctx context.Context, req frontend.SolveRequest, s
 	return b.FrontendLLBBridge.Solve(ctx, req, sid)
 }
 
-// describe returns def with limits in the description of its steps, unless they have some.
-// A description is no part of what a step is.
-func describe(def *pb.Definition, limits map[string]string) (*pb.Definition, error) {
+// describe returns def with entries in the description of its steps, and leaves limits that
+// are there. A description is no part of what a step is.
+func describe(def *pb.Definition, entries map[string]string) (*pb.Definition, error) {
 	out := &pb.Definition{Def: def.GetDef(), Metadata: maps.Clone(def.GetMetadata()), Source: def.GetSource()}
 	if out.Metadata == nil {
 		out.Metadata = map[string]*pb.OpMetadata{}
@@ -101,10 +105,10 @@ func describe(def *pb.Definition, limits map[string]string) (*pb.Definition, err
 		if meta.Description == nil {
 			meta.Description = map[string]string{}
 		}
-		for k, v := range limits {
+		for k, v := range entries {
 			// What a front end says in place of the build counts for limits only, which
 			// policy bounds.
-			if k == steplimits.DestinationsKey || meta.Description[k] == "" {
+			if k != steplimits.Key || meta.Description[k] == "" {
 				meta.Description[k] = v
 			}
 		}

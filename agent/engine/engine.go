@@ -57,13 +57,15 @@ const maxMessageSize = 16 << 20
 // pipeSize is the buffer of a connection inside the process, in bytes.
 const pipeSize = 1 << 20
 
-// New assembles the only engine over the state in cfg.Root. What OpenNode does to
-// this process, New does.
+// New assembles the only engine over the state in cfg.Root, for a build or several one
+// after another: sandboxes are prepared for the steps that a build has left, and none for
+// later ones. What OpenNode does to this process, New does.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
 	node, err := OpenNode(ctx, cfg.NodeConfig)
 	if err != nil {
 		return nil, err
 	}
+	node.runtimes.expected = &expectedSteps{}
 	e, err := node.newEngine(ctx, node.cfg.Root, Domain{Sandbox: cfg.Sandbox})
 	if err != nil {
 		return nil, errors.Join(err, node.Close())

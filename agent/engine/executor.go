@@ -125,7 +125,7 @@ func (e *stepExecutor) newStep(ctx context.Context, id string, process executor.
 		id = identity.NewID()
 	}
 	step := &sandbox.Step{
-		ID: id, Owner: e.owner, Process: newProcess(process), Hostname: process.Meta.Hostname,
+		ID: id, Owner: e.owner, Build: vertexOf(ctx).build, Process: newProcess(process), Hostname: process.Meta.Hostname,
 		Network: sandbox.NetworkMode(networkOf(process.Meta.NetMode)),
 	}
 	var err error

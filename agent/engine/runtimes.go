@@ -18,6 +18,9 @@ import (
 // share them: a sandbox that was prepared ahead has seen no input of anyone.
 type runtimes struct {
 	cfg NodeConfig
+	// expected is set when sandboxes are prepared for steps that are known to come, and
+	// for no later build.
+	expected *expectedSteps
 	// warming is what makes runtimes that nobody waits for.
 	warming sync.WaitGroup
 
@@ -61,7 +64,11 @@ func (r *runtimes) make(ctx context.Context, class sandbox.Class) (sandbox.Runti
 	state := StepsDir(r.cfg.Root, class)
 	switch class {
 	case sandbox.GVisor:
-		rt, err := gvisor.New(ctx, gvisor.Config{RunscPath: r.cfg.RunscPath, StateDir: state, Networks: r.networks})
+		cfg := gvisor.Config{RunscPath: r.cfg.RunscPath, StateDir: state, Networks: r.networks}
+		if r.expected != nil {
+			cfg.Expect = r.expected.left
+		}
+		rt, err := gvisor.New(ctx, cfg)
 		if err != nil {
 			return nil, err
 		}

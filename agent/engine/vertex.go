@@ -4,6 +4,7 @@ import (
 	"context"
 	"path"
 	"strings"
+	"sync"
 
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
@@ -31,6 +32,8 @@ type vertex struct {
 	limits string
 	// destinations has that of what alone the step may connect to.
 	destinations string
+	// build is what only the steps of one call of a front end have; empty: it was none.
+	build string
 }
 
 type vertexKey struct{}
@@ -44,7 +47,10 @@ func vertexOf(ctx context.Context) vertex {
 
 // vertexWorker is BuildKit's worker, but tells the executor which step it runs, and has
 // steps that write files keep nothing when they have filled the disk.
-type vertexWorker struct{ *base.Worker }
+type vertexWorker struct {
+	*base.Worker
+	expected *expectedSteps
+}
 
 var _ worker.Worker = vertexWorker{}
 
@@ -64,14 +70,16 @@ func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, s
 	if m, ok := v.Options().Metadata.(*linuxresources.Metadata); ok && m != nil {
 		resources = m.LinuxResources
 	}
-	e := vertexExecutor{Executor: w.Executor(), vertex: newVertex(v, exec)}
+	w.expected.add()
+	e := &vertexExecutor{Executor: w.Executor(), vertex: newVertex(v, exec), expected: w.expected}
 	// A network that is watched is refused by the executor, whoever asks for it.
 	watched := proxy.Network && exec.Network != pb.NetMode_NONE
 	return ops.NewExecOp(v, &pb.Op_Exec{Exec: exec}, op.Platform, w.CacheManager(), w.ParallelismSem, sm, e, w.Worker, resources, watched)
 }
 
 func newVertex(v solver.Vertex, exec *pb.ExecOp) vertex {
-	out := vertex{digest: v.Digest(), name: v.Name(), limits: v.Options().Description[steplimits.Key], destinations: v.Options().Description[steplimits.DestinationsKey], mounts: map[string]string{}}
+	out := vertex{digest: v.Digest(), name: v.Name(), limits: v.Options().Description[steplimits.Key], destinations: v.Options().Description[steplimits.DestinationsKey],
+		build: v.Options().Description[buildKey], mounts: map[string]string{}}
 	for _, m := range exec.GetMounts() {
 		dest := m.GetDest()
 		if !path.IsAbs(dest) {
@@ -85,10 +93,13 @@ func newVertex(v solver.Vertex, exec *pb.ExecOp) vertex {
 // vertexExecutor runs the process of one vertex.
 type vertexExecutor struct {
 	executor.Executor
-	vertex vertex
+	vertex   vertex
+	expected *expectedSteps
+	begun    sync.Once
 }
 
 // Run implements executor.Executor.
-func (e vertexExecutor) Run(ctx context.Context, id string, root executor.Mount, mounts []executor.Mount, process executor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
+func (e *vertexExecutor) Run(ctx context.Context, id string, root executor.Mount, mounts []executor.Mount, process executor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
+	e.begun.Do(e.expected.begin)
 	return e.Executor.Run(context.WithValue(ctx, vertexKey{}, e.vertex), id, root, mounts, process, started)
 }

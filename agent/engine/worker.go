@@ -55,7 +55,7 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		return nil, nil, err
 	}
 	workers := &worker.Controller{}
-	if err := workers.Add(compressingWorker{vertexWorker{w}}); err != nil {
+	if err := workers.Add(compressingWorker{vertexWorker{w, n.runtimes.expected}}); err != nil {
 		return nil, nil, fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos(), newStepPolicy(n.cfg), d)

@@ -18,7 +18,13 @@ import (
 
 // Group is a control group in every hierarchy that limits need. Its methods may be
 // called concurrently, except Close.
-type Group struct{ members []member }
+type Group struct {
+	members []member
+	// base is what Restart has Usage leave out, and peak a file that has the peak of
+	// memory since then; nil: all do.
+	base sandbox.Usage
+	peak *os.File
+}
 
 // member is the part of a group that is in one hierarchy.
 type member struct {
@@ -36,6 +42,10 @@ func (g *Group) Close() {
 		m.dir.Close()
 	}
 	g.members = nil
+	if g.peak != nil {
+		g.peak.Close()
+		g.peak = nil
+	}
 }
 
 // Unified returns the directory of the group in the unified hierarchy, which belongs

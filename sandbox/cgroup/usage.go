@@ -4,16 +4,78 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 )
 
 // Usage returns what the group's processes, also those that have ended, used since it
-// was made, as far as the kernel counts it.
+// was made, or since Restart, as far as the kernel counts it.
 func (g *Group) Usage() (sandbox.Usage, error) {
+	u, err := g.total()
+	if err == nil && g.peak != nil {
+		u.PeakMemory, err = readNumber(g.peak)
+	}
+	u.CPU -= g.base.CPU
+	u.Throttled -= g.base.Throttled
+	u.ThrottledTime -= g.base.ThrottledTime
+	u.IORead -= g.base.IORead
+	u.IOWrite -= g.base.IOWrite
+	return u, err
+}
+
+// Restart has Usage count from now on. Nobody may use the group meanwhile. It is an
+// error where the kernel cannot forget the peak of memory, as before Linux 6.12 with
+// version 2.
+func (g *Group) Restart() (err error) {
+	if m, ok := g.with("memory"); ok && m.unified {
+		if g.peak == nil {
+			fd, err := unix.Openat(int(m.dir.Fd()), "memory.peak", unix.O_RDWR|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return fmt.Errorf("forget the peak of memory: %w", err)
+			}
+			g.peak = os.NewFile(uintptr(fd), "memory.peak")
+		}
+		if _, err := g.peak.WriteAt([]byte("reset"), 0); err != nil {
+			return fmt.Errorf("forget the peak of memory: %w", err)
+		}
+	} else if ok {
+		if err := m.write("memory.max_usage_in_bytes", "0"); err != nil {
+			return fmt.Errorf("forget the peak of memory: %w", err)
+		}
+	}
+	g.base, err = g.total()
+	return err
+}
+
+// Memory returns what the group's processes use now, in bytes; 0 where nothing counts it.
+func (g *Group) Memory() (int64, error) {
+	m, ok := g.with("memory")
+	if !ok {
+		return 0, nil
+	}
+	if m.unified {
+		return m.count("memory.current", "")
+	}
+	return m.count("memory.usage_in_bytes", "")
+}
+
+func readNumber(f *os.File) (int64, error) {
+	buf := make([]byte, 64)
+	n, err := f.ReadAt(buf, 0)
+	if n == 0 && err != nil {
+		return 0, fmt.Errorf("read usage of a step: %w", err)
+	}
+	return number(string(buf[:n]), "")
+}
+
+// total returns what was used since the group was made.
+func (g *Group) total() (sandbox.Usage, error) {
 	var u sandbox.Usage
 	var errs []error
 	count := func(controller, v1, v1Key string, v2, v2Key string, unit int64) int64 {

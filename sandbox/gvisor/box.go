@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -27,7 +28,8 @@ type kind struct {
 }
 
 // box is a sandbox that runs and waits for a step, or has one. It has seen no
-// input of anyone before it gets the step, and is thrown away after it.
+// input of anyone before it gets its first step, and is thrown away when no successor of
+// that comes.
 type box struct {
 	r    *Runtime
 	kind kind
@@ -41,6 +43,12 @@ type box struct {
 	// conn ends when the sandbox is gone, which closes exited.
 	conn   *net.UnixConn
 	exited chan struct{}
+	// steps counts those that it has had. next is what a further one must be; nil: it
+	// gets none. releasing is what the former ones release yet.
+	steps     int
+	next      *successor
+	expiry    *time.Timer
+	releasing sync.WaitGroup
 	// defers release things, the last first.
 	defers []func() error
 }
@@ -228,6 +236,7 @@ func (b *box) forget() error {
 // release ends the sandbox and gives back everything that it holds.
 func (b *box) release() error {
 	b.kill()
+	b.releasing.Wait()
 	var errs []error
 	for i := len(b.defers) - 1; i >= 0; i-- {
 		if err := b.defers[i](); err != nil {

@@ -68,7 +68,7 @@ func probeMount() error {
 }
 
 // stepVersion is the version of kiln's addition to runsc that this package knows.
-const stepVersion = 3
+const stepVersion = 4
 
 const fixAddition = "Use the runsc that `make build` makes; gVisor's own lacks what kiln needs."
 

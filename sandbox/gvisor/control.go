@@ -193,4 +193,11 @@ const (
 	upperPrivate = 3 // an overlay in the sandbox, backed by a file
 )
 
-type layerArgs struct{ CID string }
+// layerArgs are the arguments of methodLayer, and layerReply is its answer. With Keep the
+// sandbox is asked to have another step; Kept says that it can.
+type layerArgs struct {
+	CID  string
+	Keep bool
+}
+
+type layerReply struct{ Kept bool }

@@ -46,6 +46,9 @@ type Config struct {
 	// Prepared is how many sandboxes of the usual kind are kept ready once a step
 	// has run or Warm was called; 0 means DefaultPrepared, and less means none.
 	Prepared int
+	// Expect, if set, tells how many steps may come, and less than 0 when that is not
+	// known. No more sandboxes are kept ready than that. It must not block.
+	Expect func() int
 }
 
 // DefaultCgroupParent is the cgroup of all sandboxes of the node.

@@ -26,7 +26,8 @@ type pool struct {
 	mu     sync.Mutex // guards what follows
 	closed bool
 	kinds  map[kind]*stock
-	failed error // what could not be released
+	parked []*box // wait for a successor of the step that they had, the oldest first
+	failed error  // what could not be released
 }
 
 // stock is the sandboxes of one kind. waiting counts the steps that wait for one,
@@ -77,10 +78,15 @@ func (p *pool) fill(k kind, s *stock) {
 const maxAheadAtOnce = 2
 
 // aheadOf tells how many sandboxes of a kind are kept ready: only of the usual
-// ones, for others may never be asked for again.
+// ones, for others may never be asked for again, and for no more steps than there are.
 func (p *pool) aheadOf(k kind) int {
 	if k != usual(k.network) {
 		return 0
+	}
+	if expect := p.r.cfg.Expect; expect != nil {
+		if n := expect(); n >= 0 {
+			return min(n, p.ahead)
+		}
 	}
 	return p.ahead
 }
@@ -189,6 +195,7 @@ func (p *pool) close() error {
 		s.ready = nil
 		s.change()
 	}
+	p.dropParked(0)
 	p.mu.Unlock()
 	p.releasing.Wait()
 	if p.failed != nil {

@@ -18,7 +18,7 @@ import (
 // nobody keeps.
 func (s *stepRun) mountRoot() error {
 	tree := s.step.Root
-	tmp := s.box.tmp
+	tmp := s.tmp
 	s.rootfs = filepath.Join(tmp, "rootfs")
 	s.readonly = s.step.ReadonlyRoot || s.overlaid() && tree.Upper == ""
 	opts := stepfs.Options{Suid: true, Volatile: true}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -39,8 +41,10 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 		return nil, err
 	}
 	defer r.set(step.ID, nil)
-	if s.box, err = r.pool.take(ctx, kindOf(step)); err != nil {
-		return nil, err
+	if s.box = r.pool.resume(step); s.box == nil {
+		if s.box, err = r.pool.take(ctx, kindOf(step)); err != nil {
+			return nil, err
+		}
 	}
 	res, err := s.run(ctx, started)
 	if err != nil && ctx.Err() == nil {
@@ -51,15 +55,16 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	return res, s.contacts(res)
+	if err := s.contacts(res); err != nil {
+		return nil, err
+	}
+	s.keep(res)
+	return res, nil
 }
 
 // run runs the step in its sandbox.
 func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, error) {
-	if err := s.limit(); err != nil {
-		return nil, err
-	}
-	if err := s.restrict(); err != nil {
+	if err := s.enter(); err != nil {
 		return nil, err
 	}
 	if err := s.prepare(); err != nil {
@@ -80,10 +85,29 @@ func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, err
 			return nil, err
 		}
 		s.box.kill() // it is not asked for what the step wrote
-	} else if err := s.collect(ctx); err != nil {
+	} else if err := s.collect(ctx, s.mayKeep(res)); err != nil {
 		return nil, err
 	}
 	return res, s.conclude(res, w)
+}
+
+// enter prepares the sandbox for the step. One that the step succeeds another in has the
+// same limits and network already.
+func (s *stepRun) enter() error {
+	s.tmp = filepath.Join(s.box.tmp, strconv.Itoa(s.box.steps))
+	first := s.box.steps == 0
+	s.box.steps++
+	s.next = successorOf(s.step)
+	if err := os.Mkdir(s.tmp, 0o700); err != nil {
+		return fmt.Errorf("make a place for the step's mounts: %w", err)
+	}
+	if !first {
+		return nil
+	}
+	if err := s.limit(); err != nil {
+		return err
+	}
+	return s.restrict()
 }
 
 // explain says so when err comes from the end of the sandbox.
@@ -103,6 +127,11 @@ type stepRun struct {
 	r    *Runtime
 	step *sandbox.Step
 	box  *box
+	// tmp is where the node sees what the sandbox is shown.
+	tmp string
+	// next is what a successor must be, and kept tells that the sandbox could have it.
+	next *successor
+	kept bool
 	// rootfs is where the node sees the root: the sandbox sees a copy of it that
 	// it cannot write to.
 	rootfs     string
@@ -143,8 +172,9 @@ func (s *stepRun) writesThrough() bool {
 }
 
 // collect takes the writes out of the sandbox, which stops all its processes
-// first, so that what the step left running cannot change them meanwhile.
-func (s *stepRun) collect(ctx context.Context) error {
+// first, so that what the step left running cannot change them meanwhile. With keep the
+// sandbox is asked to get rid of the step.
+func (s *stepRun) collect(ctx context.Context, keep bool) error {
 	if !s.collects() {
 		return nil
 	}
@@ -154,8 +184,9 @@ func (s *stepRun) collect(ctx context.Context) error {
 	}
 	_, _ = unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, 1<<20)
 	sent := make(chan error, 1)
+	var reply layerReply
 	go func() {
-		err := s.box.ctl.call(ctx, methodLayer, layerArgs{stepID}, []*os.File{w}, nil)
+		err := s.box.ctl.call(ctx, methodLayer, layerArgs{stepID, keep}, []*os.File{w}, &reply)
 		w.Close()
 		sent <- err
 	}()
@@ -176,18 +207,25 @@ func (s *stepRun) collect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("collect what the step wrote: %w", err)
 	}
+	s.kept = keep && reply.Kept
 	return nil
 }
 
-// end ends the sandbox. What the step could write to is released before it
+// end ends the sandbox, unless it is kept. What the step could write to is released before it
 // returns; the rest, which nothing can change any more, in the background.
 func (s *stepRun) end() error {
 	if s.box == nil {
 		return nil
 	}
-	s.box.kill()
+	handed := s.box.next != nil
+	if !handed {
+		s.box.kill()
+	}
 	if s.copies != nil {
 		s.copies.finish()
+	}
+	if handed {
+		return s.hand()
 	}
 	if s.writesThrough() {
 		return s.release()
@@ -198,16 +236,21 @@ func (s *stepRun) end() error {
 
 // release gives back everything that the step holds.
 func (s *stepRun) release() error {
-	errs := []error{s.box.waitKilled()}
+	err := errors.Join(s.box.waitKilled(), s.releaseMounts(), s.box.release())
+	if err != nil {
+		return fmt.Errorf("release: %w", err)
+	}
+	return nil
+}
+
+// releaseMounts gives back what the sandbox was shown.
+func (s *stepRun) releaseMounts() error {
+	var errs []error
 	for i := len(s.defers) - 1; i >= 0; i-- {
 		errs = append(errs, s.defers[i]())
 	}
 	s.defers = nil
-	errs = append(errs, s.box.release())
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("release: %w", err)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // tail keeps the last of what runsc says, for errors.

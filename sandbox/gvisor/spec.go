@@ -68,14 +68,14 @@ func (s *stepRun) prepare() (err error) {
 // them for the spec, with /etc/hosts and /etc/resolv.conf.
 func (s *stepRun) prepareMounts() ([]specs.Mount, error) {
 	var mounts []specs.Mount
-	etc, err := sandbox.WriteEtcFiles(s.box.tmp, s.step, netNameservers(s.box.net))
+	etc, err := sandbox.WriteEtcFiles(s.tmp, s.step, netNameservers(s.box.net))
 	if err != nil {
 		return nil, err
 	}
 	for _, dest := range []string{"/etc/hosts", "/etc/resolv.conf"} {
 		mounts = append(mounts, specs.Mount{Destination: dest, Type: "bind", Source: etc[dest], Options: []string{"bind", "ro"}})
 	}
-	dir := filepath.Join(s.box.tmp, "mounts")
+	dir := filepath.Join(s.tmp, "mounts")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}

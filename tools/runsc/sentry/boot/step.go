@@ -22,25 +22,28 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
 	"gvisor.dev/gvisor/kilnstart"
+	"gvisor.dev/gvisor/pkg/context"
 	"gvisor.dev/gvisor/pkg/sentry/fsimpl/tmpfs"
 	"gvisor.dev/gvisor/pkg/sentry/vfs"
 	"gvisor.dev/gvisor/pkg/urpc"
 )
 
 // stepRoots holds the mount namespaces of the containers that StepStart started,
-// by container ID.
+// by container ID, and the settings of the kernel before the first of them.
 var stepRoots struct {
-	mu    sync.Mutex
-	byCID map[string]*vfs.MountNamespace
+	mu       sync.Mutex
+	byCID    map[string]*vfs.MountNamespace
+	settings string
 }
 
 // StepVersion is what the caller checks before it relies on these methods. It
 // changes with their arguments.
-const StepVersion = 3
+const StepVersion = 4
 
 // StepProbe tells StepVersion.
 func (cm *containerManager) StepProbe(_ *struct{}, version *int) error {
@@ -70,6 +73,12 @@ func (cm *containerManager) StepStart(args *StepStartArgs, _ *struct{}) error {
 		create.FilePayload = urpc.FilePayload{Files: args.Files[:1]}
 		args.Files = args.Files[1:]
 	}
+	stepRoots.mu.Lock()
+	if stepRoots.byCID == nil {
+		stepRoots.byCID = map[string]*vfs.MountNamespace{}
+		stepRoots.settings = cm.l.k.StepSettings()
+	}
+	stepRoots.mu.Unlock()
 	if err := cm.CreateSubcontainer(&create, nil); err != nil {
 		return err
 	}
@@ -90,9 +99,6 @@ func (cm *containerManager) StepStart(args *StepStartArgs, _ *struct{}) error {
 	}
 	stepRoots.mu.Lock()
 	defer stepRoots.mu.Unlock()
-	if stepRoots.byCID == nil {
-		stepRoots.byCID = map[string]*vfs.MountNamespace{}
-	}
 	stepRoots.byCID[args.CID] = mntns
 	return nil
 }
@@ -100,13 +106,22 @@ func (cm *containerManager) StepStart(args *StepStartArgs, _ *struct{}) error {
 // StepLayerArgs are the arguments of StepLayer.
 type StepLayerArgs struct {
 	CID string
+	// Keep asks for a sandbox that can have another container.
+	Keep bool
 	// FilePayload has the file to write to.
 	urpc.FilePayload
 }
 
-// StepLayer stops everything that runs in the sandbox, for good, and writes what
-// the container changed in its root file system.
-func (cm *containerManager) StepLayer(args *StepLayerArgs, _ *struct{}) error {
+// StepLayerReply is what StepLayer returns.
+type StepLayerReply struct {
+	// Kept tells that nothing of the container is left, and that another one may be
+	// started. Otherwise nothing runs in the sandbox any more.
+	Kept bool
+}
+
+// StepLayer ends everything that runs in a container and writes what that changed in
+// its root file system.
+func (cm *containerManager) StepLayer(args *StepLayerArgs, reply *StepLayerReply) error {
 	if len(args.Files) != 1 {
 		return errors.New("want one file to write to")
 	}
@@ -117,8 +132,22 @@ func (cm *containerManager) StepLayer(args *StepLayerArgs, _ *struct{}) error {
 	if mntns == nil {
 		return fmt.Errorf("container %q was not started with StepStart", args.CID)
 	}
-	cm.l.k.Pause()
+	kept := args.Keep && cm.stepDestroy(args.CID)
+	if !kept {
+		cm.l.k.Pause() // for good
+	}
 	ctx := cm.l.k.SupervisorContext()
+	if err := stepLayer(ctx, mntns, args.Files[0]); err != nil {
+		return err
+	}
+	if kept {
+		mntns.DecRef(ctx)
+		reply.Kept = cm.stepForget(ctx)
+	}
+	return nil
+}
+
+func stepLayer(ctx context.Context, mntns *vfs.MountNamespace, to *os.File) error {
 	root := mntns.Root(ctx)
 	defer root.DecRef(ctx)
 	overlay, ok := root.Mount().Filesystem().Impl().(interface{ StepUpper() *vfs.Filesystem })
@@ -129,5 +158,36 @@ func (cm *containerManager) StepLayer(args *StepLayerArgs, _ *struct{}) error {
 	if upper == nil {
 		return errors.New("root file system is not writable")
 	}
-	return tmpfs.StepLayer(ctx, upper, args.Files[0])
+	return tmpfs.StepLayer(ctx, upper, to)
+}
+
+// stepPatience is how long the processes of a container may take to end.
+const stepPatience = 2 * time.Second
+
+// stepDestroy ends a container, and tells whether all its processes have gone.
+func (cm *containerManager) stepDestroy(cid string) bool {
+	done := make(chan error, 1)
+	go func() { done <- cm.l.destroySubcontainer(cid) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			return false
+		}
+	case <-time.After(stepPatience):
+		return false
+	}
+	for _, t := range cm.l.k.TaskSet().Root.Tasks() {
+		if t.ContainerID() == cid {
+			return false
+		}
+	}
+	return true
+}
+
+// stepForget has the kernel forget what a container left in it, and tells whether it
+// could.
+func (cm *containerManager) stepForget(ctx context.Context) bool {
+	cm.l.mu.Lock()
+	defer cm.l.mu.Unlock()
+	return cm.l.k.StepSettings() == stepRoots.settings && cm.l.k.StepRenewIPC(ctx) == nil
 }

@@ -1,0 +1,169 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/egress"
+)
+
+// chain makes steps of one build, each on what the one before has made.
+type chain struct {
+	e     *env
+	build string
+	lower []string
+}
+
+func (e *env) chain(build string) *chain { return &chain{e, build, []string{e.lower}} }
+
+// step returns the next step. Its result becomes part of the chain.
+func (c *chain) step(script string) *sandbox.Step {
+	step := c.e.step(script)
+	dir := c.e.t.TempDir()
+	step.Build = c.build
+	step.Root = sandbox.Tree{Lower: c.lower, Upper: filepath.Join(dir, "u"), Work: filepath.Join(dir, "w")}
+	for _, d := range []string{step.Root.Upper, step.Root.Work} {
+		require.NoError(c.e.t, os.Mkdir(d, 0o755))
+	}
+	c.lower = append([]string{step.Root.Upper}, c.lower...)
+	return step
+}
+
+// parked tells how many steps each sandbox had that waits for another.
+func (e *env) parked() (steps []int) {
+	e.r.pool.mu.Lock()
+	defer e.r.pool.mu.Unlock()
+	for _, b := range e.r.pool.parked {
+		steps = append(steps, b.steps)
+	}
+	return steps
+}
+
+// TestSuccessorFindsNothing has steps of a build follow each other in one sandbox. All
+// that one finds of those before is in its root.
+func TestSuccessorFindsNothing(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	build := exec.Command("go", "build", "-o", e.lower+"/bin/leave", "./testdata/leave")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := build.CombinedOutput()
+	require.NoError(t, err, string(out))
+	c := e.chain("a")
+	secret := t.TempDir()
+	require.NoError(t, os.WriteFile(secret+"/s", []byte("secret"), 0o400))
+	for i := range 4 {
+		step := c.step(fmt.Sprintf(`set -e; n=%d
+test "$(ls /made 2>/dev/null | wc -l)" = $n
+test ! -e /dev/mine; test -z "$(ls /dev/shm)$(ls /scratch)"; test ! -e /run/s$((n-1))
+ps | grep -c .
+mkdir -p /made; echo x >/made/$n
+touch /dev/mine /dev/shm/mine /scratch/mine; leave; echo again; leave
+(while :; do :; done) & sleep 100 & mkfifo /fifo$n; cat /fifo$n &`, i))
+		step.Mounts = []sandbox.Mount{
+			{Destination: fmt.Sprint("/run/s", i), Tree: sandbox.Tree{Dir: secret + "/s"}, Readonly: true},
+			{Destination: "/scratch", Tree: sandbox.Tree{Tmpfs: &sandbox.Tmpfs{}}},
+		}
+		said, again, _ := strings.Cut(e.ok(step), "again")
+		require.NotContains(t, said, "found", "step %d", i)
+		for _, object := range []string{"shared memory", "message queue", "semaphore"} {
+			require.Contains(t, again, "found "+object, "the step itself finds what it has made")
+		}
+		require.Equal(t, "4", said[:1], "it has its shell, ps and grep alone: %s", said)
+		require.Equal(t, []int{i + 1}, e.parked())
+	}
+	require.EqualValues(t, 1, e.r.boxes.Load())
+	require.Eventually(t, func() bool { return len(e.parked()) == 0 }, 2*patience, 10*time.Millisecond, "it waits no longer")
+	require.Eventually(t, func() bool { return len(sandboxProcesses(t, e.r.cfg.StateDir)) == 0 }, 5*time.Second, 10*time.Millisecond)
+}
+
+// TestNoSuccessor has steps that must have a sandbox of their own.
+func TestNoSuccessor(t *testing.T) {
+	same := func(*sandbox.Step) {}
+	tests := []struct {
+		name          string
+		script        string // of the first step
+		first, second func(*sandbox.Step)
+		// kept tells that the sandbox of the first step waits for another one.
+		kept bool
+	}{
+		{"another build", "true", same, func(s *sandbox.Step) { s.Build = "b" }, true},
+		{"no build", "true", func(s *sandbox.Step) { s.Build = "" }, func(s *sandbox.Step) { s.Build = "" }, false},
+		{"another root", "true", same, func(s *sandbox.Step) { s.Root.Lower = s.Root.Lower[1:] }, true},
+		{"another base", "true", same, func(s *sandbox.Step) { s.Root.Lower = append(s.Root.Lower, t.TempDir()) }, true},
+		{"other limits", "true", same, func(s *sandbox.Step) { s.Limits.PIDs = 50 }, true},
+		{"another host name", "true", same, func(s *sandbox.Step) { s.Hostname = "x" }, true},
+		{"another policy", "true", same, func(s *sandbox.Step) {
+			s.Egress = &egress.Policy{Deny: []egress.Range{{Prefix: netip.MustParsePrefix("192.0.2.0/24")}}}
+		}, true},
+		{"a failure", "exit 3", same, same, false},
+		{"a setting of the kernel", "echo 1024 >/proc/sys/fs/nr_open", same, same, false},
+		{"a limit that was reached", "(i=0; while [ $i -lt 100 ]; do sleep 1 & i=$((i+1)); done) 2>/dev/null; true",
+			func(s *sandbox.Step) { s.Limits.PIDs = 60 }, func(s *sandbox.Step) { s.Limits.PIDs = 60 }, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			e := newEnvWith(t, Config{Prepared: -1})
+			c := e.chain("a")
+			step := c.step(tt.script)
+			tt.first(step)
+			_, err := e.r.Run(context.Background(), step, nil)
+			require.NoError(t, err)
+			require.Equal(t, tt.kept, len(e.parked()) == 1)
+			step = c.step("cat /proc/sys/fs/nr_open; ps")
+			tt.second(step)
+			require.NotContains(t, e.ok(step), "\n1024\n")
+			require.EqualValues(t, 2, e.r.boxes.Load())
+		})
+	}
+}
+
+// TestSuccessorCountsItsOwn wants nothing of an earlier step in the usage of a later one.
+func TestSuccessorCountsItsOwn(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	c := e.chain("a")
+	limits := sandbox.Limits{CPUMillis: 900, MemoryBytes: 512 << 20, PIDs: 200, DiskBytes: 100 << 20}
+	run := func(script string) *sandbox.Result {
+		step := c.step(script)
+		step.Limits = limits
+		var out bytes.Buffer
+		step.Process.Stdout, step.Process.Stderr = &out, &out
+		res, err := e.r.Run(context.Background(), step, nil)
+		require.NoError(t, err, out.String())
+		require.Zero(t, res.ExitCode, out.String())
+		require.Empty(t, res.Reached)
+		return res
+	}
+	first := run(eat + "eat 100; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; busybox dd if=/dev/zero of=/big bs=1M count=60 2>/dev/null; rm /big")
+	second := run("echo x >/small")
+	require.EqualValues(t, 1, e.r.boxes.Load())
+	require.Greater(t, first.Usage.CPU, 2*second.Usage.CPU)
+	require.Greater(t, first.Usage.PeakMemory, int64(100<<20))
+	require.Less(t, second.Usage.PeakMemory, int64(maxKeptMemory+(32<<20)))
+	require.Less(t, second.Usage.DiskBytes, int64(1<<20))
+	// The disk that an earlier step had is there for a later one.
+	run("busybox dd if=/dev/zero of=/big bs=1M count=90 2>/dev/null")
+}
+
+func TestCloseEndsParked(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	for _, build := range []string{"a", "b"} {
+		e.ok(e.chain(build).step("true"))
+	}
+	require.Len(t, e.parked(), 2)
+	require.NoError(t, e.r.Close())
+	require.Empty(t, processesNaming(t, e.r.cfg.StateDir))
+	require.Empty(t, mountsBelow(t, e.r.cfg.StateDir))
+	var err error
+	e.r, err = New(context.Background(), Config{RunscPath: runscPath(t), StateDir: e.r.cfg.StateDir})
+	require.NoError(t, err)
+}
