@@ -6,7 +6,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -196,8 +195,7 @@ func overwriteRuntimeOff(t *testing.T, e *env) bool {
 	require.NoError(t, err)
 	defer out.Close()
 	attacker.Stdout = out
-	attacker.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	require.NoError(t, attacker.Start())
+	require.NoError(t, startBound(attacker))
 	for range 200 {
 		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", attacker.Process.Pid, attacker.Process.Pid))
 		if pid := strings.TrimSpace(string(children)); pid != "" {

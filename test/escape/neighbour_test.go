@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // neighbour is a step of another tenant, or a process of the node, that runs attack
@@ -73,10 +75,9 @@ func (e *env) Bystander(t *testing.T) *neighbour {
 		n := &neighbour{Canary: random(t)}
 		cmd := exec.Command(filepath.Join(e.tools, "bin/attack"), "serve")
 		cmd.Env = append(os.Environ(), "CANARY="+n.Canary)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		out, err := cmd.StdoutPipe()
 		require.NoError(t, err)
-		require.NoError(t, cmd.Start())
+		require.NoError(t, startBound(cmd))
 		var reading sync.WaitGroup
 		reading.Go(func() {
 			for s := bufio.NewScanner(out); s.Scan(); {
@@ -92,4 +93,19 @@ func (e *env) Bystander(t *testing.T) *neighbour {
 		n.serving(t)
 		return n
 	})
+}
+
+// startBound starts a process that is killed when this one ends. The kernel does so when
+// the thread ends that has started it, which therefore stays.
+func startBound(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		err := cmd.Start()
+		started <- err
+		for err == nil && unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+		}
+	}()
+	return <-started
 }
