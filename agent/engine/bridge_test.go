@@ -4,10 +4,9 @@ import (
 	"testing"
 
 	"github.com/moby/buildkit/client/llb"
+	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
-
-	"github.com/moby/buildkit/solver/pb"
 
 	"github.com/kiln-build/kiln/agent/steplimits"
 )
