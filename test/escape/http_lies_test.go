@@ -130,7 +130,7 @@ func httpLies(t *testing.T, e *env) {
 			require.NoError(t, r.Err, name)
 			require.Equal(t, lie.gets, r.Read(t, "got"), name)
 		case waits:
-			require.ErrorContains(t, r.Err, "context", name)
+			require.ErrorContains(t, r.Err, "DeadlineExceeded", name)
 			require.NotEmpty(t, o.Requests(), name)
 		default:
 			require.ErrorContains(t, r.Err, lie.says, name)
