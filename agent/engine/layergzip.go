@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/moby/buildkit/cache"
@@ -51,6 +52,10 @@ func withLayerGzip(cfg cacheconfig.RefConfig) cacheconfig.RefConfig {
 // compressingWorker is a worker whose layers are compressed by layerGzip.
 type compressingWorker struct {
 	worker.Worker
+	// attesting is held while an attestation is made. The exports of a build run at
+	// once, and BuildKit has one provenance for all of them, which it changes whenever
+	// one asks for it.
+	attesting *sync.Mutex
 }
 
 // GetRemotes is what BuildKit asks for layers that go into an exported cache.
@@ -67,11 +72,12 @@ func (w compressingWorker) Exporter(name string, sm *session.Manager) (exporter.
 	if err != nil {
 		return nil, err
 	}
-	return compressingExporter{e}, nil
+	return compressingExporter{e, w.attesting}, nil
 }
 
 type compressingExporter struct {
 	exporter.Exporter
+	attesting *sync.Mutex
 }
 
 func (e compressingExporter) Resolve(ctx context.Context, id int, attrs map[string]string) (exporter.ExporterInstance, error) {
@@ -79,11 +85,12 @@ func (e compressingExporter) Resolve(ctx context.Context, id int, attrs map[stri
 	if err != nil {
 		return nil, err
 	}
-	return compressingInstance{i}, nil
+	return compressingInstance{i, e.attesting}, nil
 }
 
 type compressingInstance struct {
 	exporter.ExporterInstance
+	attesting *sync.Mutex
 }
 
 func (i compressingInstance) Export(ctx context.Context, src *exporter.Source, info exporter.ExportBuildInfo) (map[string]string, exporter.FinalizeFunc, exporter.DescriptorReference, error) {
@@ -93,6 +100,17 @@ func (i compressingInstance) Export(ctx context.Context, src *exporter.Source, i
 	})
 	if err != nil {
 		return nil, nil, nil, err
+	}
+	for _, list := range refs.Attestations {
+		for j := range list {
+			if content := list[j].ContentFunc; content != nil {
+				list[j].ContentFunc = func(ctx context.Context) ([]byte, error) {
+					i.attesting.Lock()
+					defer i.attesting.Unlock()
+					return content(ctx)
+				}
+			}
+		}
 	}
 	return i.ExporterInstance.Export(ctx, refs, info)
 }
