@@ -50,6 +50,8 @@ func vertexOf(ctx context.Context) vertex {
 type vertexWorker struct {
 	*base.Worker
 	expected *expectedSteps
+	// warm starts preparing sandboxes.
+	warm func()
 }
 
 var _ worker.Worker = vertexWorker{}
@@ -71,6 +73,9 @@ func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, s
 		resources = m.LinuxResources
 	}
 	w.expected.add()
+	if v.Options().IgnoreCache {
+		w.warm() // it is sure to run
+	}
 	e := &vertexExecutor{Executor: w.Executor(), vertex: newVertex(v, exec), expected: w.expected}
 	// A network that is watched is refused by the executor, whoever asks for it.
 	watched := proxy.Network && exec.Network != pb.NetMode_NONE

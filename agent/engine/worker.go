@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/gc"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/cache/metadata"
@@ -33,6 +35,7 @@ import (
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/snapshot"
 )
 
@@ -55,7 +58,8 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		return nil, nil, err
 	}
 	workers := &worker.Controller{}
-	if err := workers.Add(compressingWorker{vertexWorker{w, n.runtimes.expected}}); err != nil {
+	warm := sync.OnceFunc(func() { n.runtimes.warm([]sandbox.Class{d.Sandbox}) })
+	if err := workers.Add(compressingWorker{vertexWorker{w, n.runtimes.expected, warm}, &sync.Mutex{}}); err != nil {
 		return nil, nil, fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos(), newStepPolicy(n.cfg), d)
@@ -140,6 +144,9 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 	})
 	if err != nil {
 		return nil, fmt.Errorf("assemble worker: %w", err)
+	}
+	if err := owned.deleteOrphans(namespaces.WithNamespace(ctx, snapshot.Namespace), md); err != nil {
+		return nil, err
 	}
 	return w, nil
 }

@@ -39,12 +39,19 @@ func newLogger(cfg config.Logging, w io.Writer) *slog.Logger {
 	return log
 }
 
+// untraced is what BuildKit warns of at the end of every build. Its record of traces is
+// not used: the agent sends its own.
+const untraced = "no trace recorder found, skipping"
+
 // logrusHook passes records of logrus on.
 type logrusHook struct{ log *slog.Logger }
 
 func (h *logrusHook) Levels() []logrus.Level { return logrus.AllLevels }
 
 func (h *logrusHook) Fire(e *logrus.Entry) error {
+	if e.Message == untraced {
+		return nil
+	}
 	level := slog.LevelDebug
 	switch e.Level {
 	case logrus.PanicLevel, logrus.FatalLevel, logrus.ErrorLevel:

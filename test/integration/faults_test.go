@@ -83,7 +83,10 @@ func (n *node) startSleep(ctx context.Context) (*exec.Cmd, *syncBuffer) {
 	cmd := n.command(ctx, append(append([]string{"build", "--root", n.root, "--sandbox", n.class, "--progress", "plain"}, withTools(n.t)...), dir)...)
 	cmd.Stderr = out
 	require.NoError(n.t, cmd.Start())
-	require.Eventually(n.t, func() bool { return strings.Contains(out.String(), " now-asleep\n") }, time.Minute, 20*time.Millisecond, "the step does not start")
+	started := func() bool { return strings.Contains(out.String(), " now-asleep\n") }
+	for deadline := time.Now().Add(time.Minute); !started(); time.Sleep(20 * time.Millisecond) {
+		require.True(n.t, time.Now().Before(deadline), "the step does not start:\n%s", out)
+	}
 	return cmd, out
 }
 
