@@ -115,7 +115,7 @@ func (f *domainFetching) hosts(hosts docker.RegistryHosts) docker.RegistryHosts 
 }
 
 // sources gives a worker sources that obey the policy in place of its own. By HTTP none
-// keeps what has filled the disk.
+// keeps what has filled the disk, and no image has more layers than can be mounted.
 func (f *domainFetching) sources(w *base.Worker, hosts docker.RegistryHosts) error {
 	opt := httpsource.Opt{CacheAccessor: downloads{w.CacheMgr}}
 	if f != nil {
@@ -127,6 +127,9 @@ func (f *domainFetching) sources(w *base.Worker, hosts docker.RegistryHosts) err
 	}
 	w.HTTPSource = h
 	w.SourceManager.Register(h)
+	images := countedImages{w.ImageSource, w.ContentStore()}
+	w.SourceManager.Register(images)
+	w.SourceManager.Register(countedImages{w.OCILayoutSource, w.ContentStore()})
 	if f == nil {
 		return nil
 	}
@@ -134,7 +137,7 @@ func (f *domainFetching) sources(w *base.Worker, hosts docker.RegistryHosts) err
 		w.SourceManager.Register(gitSource{w.GitSource, f.policy})
 	}
 	if f.policy.Rules != nil {
-		w.SourceManager.Register(imageSource{w.ImageSource, f.policy, hosts})
+		w.SourceManager.Register(imageSource{images, f.policy, hosts})
 	}
 	return nil
 }

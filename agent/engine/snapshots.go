@@ -157,8 +157,9 @@ func (s *domainSnapshots) Walk(ctx context.Context, fn snapshots.WalkFunc, filte
 // snapshotsOf returns the snapshots that a domain may use. The only user of a store
 // has it for itself.
 func (n *Node) snapshotsOf(d Domain) snapshots.Snapshotter {
+	all := boundedSnapshots{n.store.Snapshots(), maxLayers}
 	if d.Tenant == "" {
-		return n.store.Snapshots()
+		return all
 	}
-	return newDomainSnapshots(n.store.Snapshots(), d)
+	return newDomainSnapshots(all, d)
 }

@@ -27,7 +27,7 @@ const (
 	// dropRate is how much output is dropped a second. A step that floods its log
 	// waits, as it would for a slow terminal: to read and drop as fast as it can write
 	// would cost its neighbours a processor.
-	dropRate = 32 << 20
+	dropRate = 16 << 20
 )
 
 // stepLog passes the output of a step on, within its limits. What is beyond them is

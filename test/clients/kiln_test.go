@@ -28,6 +28,14 @@ func TestKilnBuildsOnAnAgent(t *testing.T) {
 	require.Zero(t, r.code, r.out)
 	require.Equal(t, "from-here", read(t, out, "copied"))
 	require.NotEmpty(t, read(t, out, "kernel"))
+	// A list of destinations holds there too: such a step has a resolver of its own.
+	resolver := func(args ...string) string {
+		dir, out := contextDir(t, base+"RUN cat /etc/resolv.conf > /resolv.conf\n", nil), filepath.Join(t.TempDir(), "out")
+		r := a.kiln(append([]string{"build", "--no-cache", "--build-context", "tools=" + box, "-o", "type=local,dest=" + out, dir}, args...)...)
+		require.Zero(t, r.code, r.out)
+		return read(t, out, "resolv.conf")
+	}
+	require.NotEqual(t, resolver(), resolver("--destination", "packages.example.com:443"))
 	r = a.kiln("du")
 	require.Zero(t, r.code, r.out)
 	require.Contains(t, r.out, "COPY file /copied")

@@ -62,6 +62,7 @@ func (a *App) buildCommand() *cobra.Command {
 	fs.StringVar(&f.call, "call", "build", "What to do: build, check, outline or targets; [,format=json][,ignorestatus=true]")
 	fs.BoolVar(&f.check, "check", false, "Shorthand for --call check: check the Dockerfile and build nothing")
 	fs.StringVar(&f.CPUs, "cpus", "", "Limit of CPUs of every step, such as 1.5")
+	list(&f.Destinations, "destination", "", "All that the steps may connect to: a CIDR, an address, a host name or *.DOMAIN, each with :PORT if need be (default what is not denied)")
 	fs.StringVar(&f.Disk, "disk", "", "Limit of what every step may write, such as 10g; a step that writes more fails")
 	fs.StringVarP(&f.Dockerfile, "file", "f", "", "Dockerfile, its URL, or - for stdin (default PATH/Dockerfile)")
 	list(&f.frontends, "frontend", "", "Image NAME@sha256:DIGEST of a front end that the Dockerfile's syntax line may name; it runs in a sandbox")

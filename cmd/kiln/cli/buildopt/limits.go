@@ -68,6 +68,19 @@ func (b *builder) moreLimits() (policy.Limits, error) {
 	return l, nil
 }
 
+// destinations sets what alone the steps may connect to. It changes no step's place in the
+// cache.
+func (b *builder) destinations() error {
+	list := b.flags.Destinations
+	if problems := (policy.Destinations{Allow: list}).Problems(); len(problems) > 0 {
+		return fmt.Errorf("--destination: %w", problems[0].Err)
+	}
+	if len(list) > 0 {
+		b.solve.FrontendAttrs[steplimits.DestinationsKey] = steplimits.EncodeDestinations(list)
+	}
+	return nil
+}
+
 // ParsePIDs parses a number of processes. An empty string, and what stands for no limit in
 // docker run (0 and -1), is 0.
 func ParsePIDs(s string) (int64, error) {

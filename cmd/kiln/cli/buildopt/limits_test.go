@@ -1,11 +1,13 @@
 package buildopt
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/kiln-build/kiln/agent/steplimits"
+	"github.com/kiln-build/kiln/sandbox/policy"
 )
 
 func TestLimits(t *testing.T) {
@@ -51,6 +53,38 @@ func TestLimitsWithoutWordsOfBuildKit(t *testing.T) {
 	} {
 		bad.Context = dir
 		_, err := New(bad, env(""))
+		require.ErrorContains(t, err, want)
+	}
+}
+
+func TestDestinations(t *testing.T) {
+	dir := contextDir(t)
+	for want, list := range map[string][]string{
+		"packages.example.com:443":                                        {"packages.example.com:443"},
+		"198.51.100.0/24,198.51.100.7:80,*.example.org,[2001:db8::1]:443": {"198.51.100.0/24", "198.51.100.7:80", "*.example.org", "[2001:db8::1]:443"},
+	} {
+		req, err := New(Flags{Context: dir, Destinations: list}, env(""))
+		require.NoError(t, err)
+		text := req.Solve.FrontendAttrs[steplimits.DestinationsKey]
+		require.Equal(t, want, text)
+		back, err := steplimits.DecodeDestinations(text)
+		require.NoError(t, err)
+		require.Len(t, back, len(list))
+	}
+	req, err := New(Flags{Context: dir}, env(""))
+	require.NoError(t, err)
+	require.NotContains(t, req.Solve.FrontendAttrs, steplimits.DestinationsKey)
+	for want, list := range map[string][]string{
+		`--destination: "": want a CIDR`:                    {""},
+		`--destination: "a b": want a CIDR`:                 {"good.example", "a b"},
+		`--destination: "a.example,b.example": want a CIDR`: {"a.example,b.example"},
+		`--destination: "a.example:80,b.example:80": want`:  {"a.example:80,b.example:80"},
+		`--destination: "https://a.example"`:                {"https://a.example"},
+		`--destination: "198.51.100.7/24" has bits set`:     {"198.51.100.7/24"},
+		`--destination: "a.example:0" has no port`:          {"a.example:0"},
+		`--destination: 257 entries: at most 256`:           slices.Repeat([]string{"a.example"}, policy.MaxDestinations+1),
+	} {
+		_, err := New(Flags{Context: dir, Destinations: list}, env(""))
 		require.ErrorContains(t, err, want)
 	}
 }

@@ -34,6 +34,7 @@ type Flags struct {
 	Memory, CPUs              string
 	PIDsLimit, Disk           string
 	StepTimeout               string
+	Destinations              []string
 	Provenance, SBOM          string
 	ImageIDFile               string
 	NoCache, Pull, Push, Load bool
@@ -145,6 +146,9 @@ func (b *builder) values() error {
 		return fmt.Errorf("--shm-size: %w", err)
 	}
 	if err := b.limits(); err != nil {
+		return err
+	}
+	if err := b.destinations(); err != nil {
 		return err
 	}
 	set := func(key, value string) {
