@@ -2,12 +2,9 @@ package engine
 
 import (
 	"context"
-	"fmt"
 	"strconv"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/leases"
-	"github.com/moby/buildkit/cache/metadata"
 )
 
 // domainLabel marks the leases of a domain.
@@ -38,32 +35,4 @@ func (m domainLeases) List(ctx context.Context, filters ...string) ([]leases.Lea
 		narrowed[i] = f + "," + own
 	}
 	return m.Manager.List(ctx, narrowed...)
-}
-
-// deleteOrphans deletes the leases of references that have no metadata, which nothing else
-// does: a process that is killed between the two leaves one, and what it holds stays on the
-// disk. It is for a domain whose engine does not run yet.
-func (m domainLeases) deleteOrphans(ctx context.Context, references *metadata.Store) error {
-	items, err := references.All()
-	if err != nil {
-		return fmt.Errorf("list references of %s: %w", m.domain, err)
-	}
-	known := map[string]bool{}
-	for _, item := range items {
-		known[item.ID()] = true
-	}
-	all, err := m.List(ctx)
-	if err != nil {
-		return fmt.Errorf("list leases of %s: %w", m.domain, err)
-	}
-	for _, l := range all {
-		// A reference has up to three leases; BuildKit's names for the others end so.
-		if known[strings.TrimSuffix(strings.TrimSuffix(l.ID, "-view"), "-variants")] {
-			continue
-		}
-		if err := m.Delete(ctx, l); err != nil {
-			return fmt.Errorf("delete lease %s of %s: %w", l.ID, m.domain, err)
-		}
-	}
-	return nil
 }
