@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
 	"github.com/moby/buildkit/frontend"
@@ -55,6 +56,12 @@ type vertexWorker struct {
 }
 
 var _ worker.Worker = vertexWorker{}
+
+// Prune implements worker.Worker.
+func (w vertexWorker) Prune(ctx context.Context, removed chan client.UsageInfo, rules ...client.PruneInfo) error {
+	releaseFailed()
+	return w.Worker.Prune(ctx, removed, rules...)
+}
 
 // ResolveOp implements worker.Worker.
 func (w vertexWorker) ResolveOp(v solver.Vertex, b frontend.FrontendLLBBridge, sm *session.Manager, proxy worker.ProxyOpt) (solver.Op, error) {
@@ -106,5 +113,11 @@ type vertexExecutor struct {
 // Run implements executor.Executor.
 func (e *vertexExecutor) Run(ctx context.Context, id string, root executor.Mount, mounts []executor.Mount, process executor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
 	e.begun.Do(e.expected.begin)
-	return e.Executor.Run(context.WithValue(ctx, vertexKey{}, e.vertex), id, root, mounts, process, started)
+	rec, err := e.Executor.Run(context.WithValue(ctx, vertexKey{}, e.vertex), id, root, mounts, process, started)
+	if err == nil && ctx.Err() != nil {
+		// Nobody waits for the result any more: BuildKit, which has let the vertex go,
+		// would hold it until the process ends.
+		err = context.Cause(ctx)
+	}
+	return rec, err
 }

@@ -59,7 +59,8 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	}
 	workers := &worker.Controller{}
 	warm := sync.OnceFunc(func() { n.runtimes.warm([]sandbox.Class{d.Sandbox}) })
-	if err := workers.Add(compressingWorker{vertexWorker{w, n.runtimes.expected, warm}, &sync.Mutex{}}); err != nil {
+	steps := vertexWorker{w, n.runtimes.expected, warm}
+	if err := workers.Add(compressingWorker{steps, &sync.Mutex{}}); err != nil {
 		return nil, nil, fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos(), newStepPolicy(n.cfg), d)
@@ -104,7 +105,7 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	if err != nil {
 		return nil, nil, fmt.Errorf("assemble engine: %w", err)
 	}
-	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), w, keys, func() { n.collector.start(n) }), nil
+	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), steps, keys, func() { n.collector.start(n) }), nil
 }
 
 func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore, hosts docker.RegistryHosts) (*base.Worker, error) {
