@@ -67,14 +67,26 @@ func restricted(t testing.TB, m *Manager, p *egress.Policy) sandbox.Network {
 // UDP there are only so many in a second.
 func refusedFast(t testing.TB, n sandbox.Network, to string) {
 	t.Helper()
-	require.ErrorIs(t, dialOnce(t, n.Path(), "tcp", to), syscall.ECONNREFUSED, to)
+	var err error
+	for range 3 {
+		var slow net.Error
+		if err = dialOnce(t, n.Path(), "tcp", to); !errors.As(err, &slow) || !slow.Timeout() {
+			break // else a busy machine has lost a packet
+		}
+	}
+	require.ErrorIs(t, err, syscall.ECONNREFUSED, to)
 	require.Error(t, dialOnce(t, n.Path(), "udp", to), to)
 }
 
 func reached(t testing.TB, n sandbox.Network, to string) {
 	t.Helper()
-	require.NoError(t, dial(t, n.Path(), "tcp", to), to)
-	require.NoError(t, dial(t, n.Path(), "udp", to), to)
+	for _, proto := range []string{"tcp", "udp"} {
+		err := dial(t, n.Path(), proto, to)
+		if err != nil { // a busy machine may lose a few
+			err = dial(t, n.Path(), proto, to)
+		}
+		require.NoError(t, err, "%s by %s", to, proto)
+	}
 }
 
 func TestDeniedRanges(t *testing.T) {
