@@ -167,3 +167,41 @@ func TestCloseEndsParked(t *testing.T) {
 	e.r, err = New(context.Background(), Config{RunscPath: runscPath(t), StateDir: e.r.cfg.StateDir})
 	require.NoError(t, err)
 }
+
+// TestSuccessorsGatherNoMemory has steps whose layers together are more than a sandbox may
+// have to be kept.
+func TestSuccessorsGatherNoMemory(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	c := e.chain("a")
+	for i := range 6 {
+		e.ok(c.step(fmt.Sprintf("mkdir -p /data/%[1]d/deep && busybox dd if=/dev/zero of=/data/%[1]d/deep/big bs=1M count=25 2>/dev/null && ls -R /data", i)))
+		require.Equal(t, []int{i + 1}, e.parked())
+	}
+}
+
+// TestDirectories uses, renames, removes and replaces directories that the sandbox keeps in
+// mind, more of them than it does.
+func TestDirectories(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	require.NoError(t, os.MkdirAll(e.lower+"/old/deep/er", 0o755))
+	require.NoError(t, os.WriteFile(e.lower+"/old/deep/file", nil, 0o644))
+	c := e.chain("a")
+	e.ok(c.step(`set -e
+mkdir -p /a/b/c; ls /a/b/c; mv /a/b /a/d
+test ! -e /a/b; test -d /a/d/c
+echo x >/a/b; test -f /a/b; test -d /a/d/c
+rm /a/b; mkdir -p /a/b/c; chmod 700 /a/b; test "$(stat -c %a /a/b)" = 700
+rmdir /a/d/c; test ! -e /a/d/c; echo y >/a/d/c; test -f /a/d/c
+ls -R /old; mv /old/deep/er /old/er; test -d /old/er; test ! -e /old/deep/er
+rm -r /old/deep; test ! -e /old/deep/file; mkdir /old/deep; test -z "$(ls /old/deep)"
+i=0; while [ $i -lt 1500 ]; do mkdir -p /many/$i/x; test -d /many/$i/x; i=$((i+1)); done
+test "$(ls /many | wc -l)" = 1500
+rm -r /many/1; test ! -e /many/1/x; mv /many/2 /many/1; test -d /many/1/x; test ! -e /many/2`))
+	e.ok(c.step(`set -e
+test "$(stat -c %a /a/b)" = 700; test -d /a/b/c; test -f /a/d/c
+test -d /old/er; test -z "$(ls /old/deep)"
+test "$(ls /many | wc -l)" = 1499; test -d /many/1/x; test ! -e /many/2
+rm -r /many /a; test ! -e /many/3; mkdir /many; test -z "$(ls /many)"`))
+	e.ok(c.step(`set -e; test -z "$(ls /many)"; test ! -e /a; test -d /old/er`))
+	require.EqualValues(t, 1, e.r.boxes.Load())
+}

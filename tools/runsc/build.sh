@@ -4,7 +4,8 @@
 # The go command takes no overlay over its module cache, so the module is copied
 # and the files are added to the copy: sentry/ adds methods to the control server of a
 # sandbox, and filters/ the system call filters in compiled form. All that is changed
-# are two calls, which use the compiled filters.
+# are two calls, which use the compiled filters, and the overlay, which asks before
+# it drops a directory.
 set -eu
 cd "$(dirname "$0")"
 out=$1
@@ -37,6 +38,10 @@ cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
 cp sentry/kernel/step.go "$src/gvisor/pkg/sentry/kernel/kiln_step.go"
 cp sentry/main/starter.go "$src/gvisor/runsc/kiln_starter.go"
 cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"
+cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
+overlay=$src/gvisor/pkg/sentry/fsimpl/overlay/overlay.go
+sed -i 's|^\t// Refs is still zero; destroy it\.$|\tif d.stepKeep() {\n\t\treturn\n\t}|' "$overlay"
+grep -q stepKeep "$overlay"
 cp sentry/tmpfs/layer.go "$src/gvisor/pkg/sentry/fsimpl/tmpfs/kiln_layer.go"
 $go build -modfile="$src/go.mod" -trimpath \
 	-ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$version+kiln" -o "$out.new" gvisor.dev/gvisor/runsc

@@ -137,28 +137,36 @@ func (cm *containerManager) StepLayer(args *StepLayerArgs, reply *StepLayerReply
 		cm.l.k.Pause() // for good
 	}
 	ctx := cm.l.k.SupervisorContext()
-	if err := stepLayer(ctx, mntns, args.Files[0]); err != nil {
+	overlay, err := stepLayer(ctx, mntns, args.Files[0])
+	if err != nil {
 		return err
 	}
 	if kept {
 		mntns.DecRef(ctx)
+		overlay.StepForget(ctx)
 		reply.Kept = cm.stepForget(ctx)
 	}
 	return nil
 }
 
-func stepLayer(ctx context.Context, mntns *vfs.MountNamespace, to *os.File) error {
+// stepOverlay is what kiln adds to gVisor's overlay.
+type stepOverlay interface {
+	StepUpper() *vfs.Filesystem
+	StepForget(ctx context.Context)
+}
+
+func stepLayer(ctx context.Context, mntns *vfs.MountNamespace, to *os.File) (stepOverlay, error) {
 	root := mntns.Root(ctx)
 	defer root.DecRef(ctx)
-	overlay, ok := root.Mount().Filesystem().Impl().(interface{ StepUpper() *vfs.Filesystem })
+	overlay, ok := root.Mount().Filesystem().Impl().(stepOverlay)
 	if !ok {
-		return errors.New("root file system is not an overlay")
+		return nil, errors.New("root file system is not an overlay")
 	}
 	upper := overlay.StepUpper()
 	if upper == nil {
-		return errors.New("root file system is not writable")
+		return nil, errors.New("root file system is not writable")
 	}
-	return tmpfs.StepLayer(ctx, upper, to)
+	return overlay, tmpfs.StepLayer(ctx, upper, to)
 }
 
 // stepPatience is how long the processes of a container may take to end.
