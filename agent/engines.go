@@ -42,13 +42,21 @@ type Session interface {
 	// Prune removes records of the cache and sends each to removed, if it is not
 	// nil. It does not close it.
 	Prune(ctx context.Context, removed chan client.UsageInfo, opts ...client.PruneOption) error
+	Results
+	// Close ends the session.
+	Close() error
+}
+
+// Results is what builds of one engine made. Its methods may be called concurrently.
+type Results interface {
+	// Content returns the blobs that the domain has had. Manifests and indexes of the
+	// youngest builds are among them; layers may be gone.
+	Content() content.Provider
 	// Image returns an image that a build has stored by name. It stays until
 	// DeleteImage.
 	Image(ctx context.Context, name string) (ocispecs.Descriptor, content.Provider, error)
 	// DeleteImage forgets an image that a build has stored.
 	DeleteImage(ctx context.Context, name string) error
-	// Close ends the session.
-	Close() error
 }
 
 // ImageReceiver puts built images where the node's kubelet finds them. A

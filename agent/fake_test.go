@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 	"time"
 
@@ -22,6 +23,10 @@ type faultyEngines struct {
 	do func(ctx context.Context, tell func(*client.SolveStatus)) error
 	// open fails Open when it is not nil.
 	open error
+	// facts is what the exporters tell besides the image's digest.
+	facts map[string]string
+	// content has what was built.
+	content content.Provider
 
 	mu       sync.Mutex
 	sessions int // guarded by mu; open now
@@ -59,9 +64,9 @@ func (s *faultySession) Build(ctx context.Context, _ client.SolveOpt, _ string, 
 			return nil, err
 		}
 	}
-	return &client.SolveResponse{ExporterResponse: map[string]string{
-		"containerimage.digest": digest.FromString("image").String(),
-	}}, nil
+	facts := map[string]string{"containerimage.digest": digest.FromString("image").String()}
+	maps.Copy(facts, s.engines.facts)
+	return &client.SolveResponse{ExporterResponse: facts}, nil
 }
 
 func (s *faultySession) DiskUsage(context.Context, ...client.DiskUsageOption) ([]*client.UsageInfo, error) {
@@ -75,6 +80,8 @@ func (s *faultySession) Prune(_ context.Context, removed chan client.UsageInfo, 
 	removed <- client.UsageInfo{Size: 8}
 	return nil
 }
+
+func (s *faultySession) Content() content.Provider { return s.engines.content }
 
 func (s *faultySession) Image(context.Context, string) (ocispecs.Descriptor, content.Provider, error) {
 	return ocispecs.Descriptor{}, nil, errors.New("no such image")

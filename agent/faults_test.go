@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -9,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,6 +44,17 @@ func tellOne(tell func(*client.SolveStatus)) {
 	})
 }
 
+// missingManifest is what exporters tell of an image whose manifest is nowhere.
+var missingManifest = map[string]string{"containerimage.descriptor": base64.StdEncoding.EncodeToString(
+	fmt.Appendf(nil, `{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":7}`, digest.FromString("image")))}
+
+func emptyContent(t *testing.T) content.Provider {
+	t.Helper()
+	store, err := local.NewStore(t.TempDir())
+	require.NoError(t, err)
+	return store
+}
+
 func TestEndsOfBuilds(t *testing.T) {
 	agenttest.CheckGoroutines(t)
 	brief := agenttest.Dockerfile("FROM scratch")
@@ -56,6 +70,9 @@ func TestEndsOfBuilds(t *testing.T) {
 	}{
 		{
 			name: "well", engines: &faultyEngines{},
+			state: agentv1.BuildState_BUILD_STATE_SUCCEEDED,
+		}, {
+			name: "a manifest that is gone", engines: &faultyEngines{facts: missingManifest, content: emptyContent(t)},
 			state: agentv1.BuildState_BUILD_STATE_SUCCEEDED,
 		}, {
 			name: "no engine", engines: &faultyEngines{open: errors.New("no engine")},

@@ -94,6 +94,7 @@ func (s *solver) solve(ctx context.Context, j *job, plan *strategy.Plan) *agentv
 	switch end := ended(ctx); {
 	case err == nil:
 		image(result, j.spec, resp.ExporterResponse)
+		result.ImageSize = s.imageSize(ctx, j, resp.ExporterResponse)
 	case end != nil:
 		result = end
 	default:

@@ -6,6 +6,7 @@ import (
 	"context"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/moby/buildkit/client"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -54,12 +55,15 @@ type session struct {
 	release func()
 }
 
-// Image implements agent.Session.
+// Content implements agent.Results.
+func (s *session) Content() content.Provider { return proxy.NewContentStore(s.ContentClient()) }
+
+// Image implements agent.Results.
 func (s *session) Image(ctx context.Context, name string) (ocispecs.Descriptor, content.Provider, error) {
 	return s.engine.Image(ctx, name)
 }
 
-// DeleteImage implements agent.Session.
+// DeleteImage implements agent.Results.
 func (s *session) DeleteImage(ctx context.Context, name string) error {
 	return s.engine.DeleteImage(ctx, name)
 }

@@ -1989,7 +1989,9 @@ type BuildResult struct {
 	ImageDigest string `protobuf:"bytes,2,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
 	// Names under which it was pushed or stored.
 	ImageNames []string `protobuf:"bytes,3,rep,name=image_names,json=imageNames,proto3" json:"image_names,omitempty"`
-	// Size of the image's layers, in bytes.
+	// Size of the image's configuration and layers, in bytes, as its manifest says: as they
+	// are pushed, compressed. Of an index it is the sum for all its platforms, in which
+	// a layer that several have counts for each; attestations do not count. 0: unknown.
 	ImageSize int64 `protobuf:"varint,4,opt,name=image_size,json=imageSize,proto3" json:"image_size,omitempty"`
 	// What went wrong; unset when it succeeded.
 	Failure *Failure `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"`

@@ -161,7 +161,8 @@ type OutputStatus struct {
 	// The first 12 digits of the digest.
 	// +optional
 	ShortDigest string `json:"shortDigest,omitempty"`
-	// Size of the image's layers in bytes.
+	// Size of the image's configuration and layers in bytes, as they are pushed. Of an
+	// index it is the sum for all its platforms, without attestations.
 	// +optional
 	Size int64 `json:"size,omitempty"`
 	// Names under which it was pushed or stored.
