@@ -47,8 +47,10 @@ type Config struct {
 	// Images receives images for NodeOutput; nil: it is refused.
 	Images ImageReceiver
 	// LocalBytes tells how many bytes of images, given by their names, need not be
-	// fetched; nil: unknown. It must be quick and use no network.
-	LocalBytes func(ctx context.Context, tenant string, images []string) int64
+	// fetched because the node has them; nil: unknown. It must be quick and use no
+	// network. Nobody is told but callers who act for every tenant: the images of a node
+	// are those of all who use it.
+	LocalBytes func(ctx context.Context, images []string) int64
 	// Queue, Records and Uploads bound what the agent does and keeps.
 	Queue   queue.Limits
 	Records record.Limits

@@ -12,7 +12,11 @@ import (
 
 // Probe implements agentv1.BuildServiceServer.
 func (a *Agent) Probe(ctx context.Context, req *agentv1.ProbeRequest) (*agentv1.ProbeResponse, error) {
-	tenant, err := tenantFor(ctx, req.GetTenant())
+	id, err := identityOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	tenant, err := id.TenantFor(req.GetTenant())
 	if err != nil {
 		return nil, err
 	}
@@ -29,8 +33,10 @@ func (a *Agent) Probe(ctx context.Context, req *agentv1.ProbeRequest) (*agentv1.
 		Running: int32(stats.Running), Queued: int32(stats.Queued), Slots: int32(a.queue.Limits().Slots),
 	}
 	out.Runnable = len(out.Refusals) == 0
-	if names := images(req.GetSpec()); a.cfg.LocalBytes != nil && len(names) > 0 {
-		out.LocalBaseBytes = a.cfg.LocalBytes(ctx, tenant, names)
+	if a.cfg.LocalBytes != nil && id.AllTenants() {
+		if names := images(req.GetSpec()); len(names) > 0 {
+			out.LocalBaseBytes = a.cfg.LocalBytes(ctx, names)
+		}
 	}
 	if scope := req.GetSpec().GetCacheScope(); scope != "" {
 		if known, ok := a.records.Scope(tenant, scope); ok {

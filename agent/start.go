@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/codes"
@@ -211,15 +209,4 @@ func (a *Agent) refusals(ctx context.Context, tenant string, spec *agentv1.Build
 		return out, code
 	}
 	return []string{message(err)}, code
-}
-
-// images are the names of the images that a spec is known to read.
-func images(spec *agentv1.BuildSpec) []string {
-	var names []string
-	for _, image := range pulls(spec) {
-		if !slices.Contains(names, image.Name) {
-			names = append(names, strings.TrimSpace(image.Name))
-		}
-	}
-	return names
 }

@@ -278,3 +278,28 @@ func TestAFullQueueSaysSo(t *testing.T) {
 	require.NoError(t, err)
 	require.EqualValues(t, 2, got.GetBuild().GetQueuePosition()+1)
 }
+
+// TestWhoIsToldWhatTheNodeHas keeps tenants from asking for others' images.
+func TestWhoIsToldWhatTheNodeHas(t *testing.T) {
+	agenttest.CheckGoroutines(t)
+	var asked [][]string
+	c := agenttest.Serve(t, agenttest.New(t, &faultyEngines{}, func(cfg *agent.Config) {
+		cfg.LocalBytes = func(_ context.Context, images []string) int64 {
+			asked = append(asked, images)
+			return 42
+		}
+	}))
+	spec := agenttest.Dockerfile("FROM registry.example.com/private:1")
+	probe, err := c.Probe(agenttest.Context(t, "a"), &agentv1.ProbeRequest{Spec: spec})
+	require.NoError(t, err)
+	require.Zero(t, probe.GetLocalBaseBytes())
+	require.Empty(t, asked, "how long an answer takes tells nothing either")
+
+	probe, err = c.Probe(agenttest.Context(t, "controller"), &agentv1.ProbeRequest{Tenant: "a", Spec: spec})
+	require.NoError(t, err)
+	require.EqualValues(t, 42, probe.GetLocalBaseBytes())
+	require.Equal(t, [][]string{{"registry.example.com/private:1"}}, asked)
+	_, err = c.Probe(agenttest.Context(t, "controller"), &agentv1.ProbeRequest{Tenant: "a", Spec: agenttest.Dockerfile("FROM scratch")})
+	require.NoError(t, err)
+	require.Len(t, asked, 1, "nothing is fetched for it")
+}

@@ -12,8 +12,12 @@ import (
 	"github.com/kiln-build/kiln/snapshot/nodestore/containerd"
 )
 
-// runtimeTimeout bounds a question to the node's container runtime.
-const runtimeTimeout = 10 * time.Second
+const (
+	// runtimeTimeout bounds a question to the node's container runtime.
+	runtimeTimeout = 10 * time.Second
+	// localTimeout bounds what is asked for one Probe, which the controller awaits.
+	localTimeout = 500 * time.Millisecond
+)
 
 // connectRuntime connects to the node's container runtime. It returns nil when none
 // is configured; else the caller closes it.
@@ -41,5 +45,30 @@ func describeRuntime(runtime nodestore.Node, log *slog.Logger) func(context.Cont
 			return nil
 		}
 		return &agentv1.NodeRuntime{Name: info.Runtime, Version: info.Version, Snapshotter: info.Snapshotter}
+	}
+}
+
+// localBytes returns what tells how much of images the node's container runtime has.
+// What is not known in time does not count.
+func localBytes(runtime nodestore.Node, log *slog.Logger) func(context.Context, []string) int64 {
+	return func(ctx context.Context, images []string) (total int64) {
+		ask, cancel := context.WithTimeout(ctx, localTimeout)
+		defer cancel()
+		for _, image := range images {
+			name, err := nodestore.ParseName(image)
+			if err != nil {
+				continue // the build will say so
+			}
+			size, err := runtime.Bytes(ask, name)
+			if err != nil {
+				log.Warn("the node's runtime does not tell what it has of an image", "image", name.String(), "error", err)
+				if ask.Err() != nil {
+					break
+				}
+				continue
+			}
+			total += size
+		}
+		return total
 	}
 }

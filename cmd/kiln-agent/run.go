@@ -93,7 +93,7 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 		Metrics: metrics, Tracer: tracing.provider, Logger: log,
 	}
 	if runtime != nil {
-		agentCfg.Images, agentCfg.NodeRuntime = runtime, describeRuntime(runtime, log)
+		agentCfg.Images, agentCfg.NodeRuntime, agentCfg.LocalBytes = runtime, describeRuntime(runtime, log), localBytes(runtime, log)
 	}
 	builds, err := agent.New(agentCfg)
 	if err != nil {

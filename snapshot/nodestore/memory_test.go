@@ -49,6 +49,13 @@ func (m *memory) Probe(_ context.Context, blobs ...digest.Digest) (map[digest.Di
 	return has, m.down
 }
 
+func (m *memory) Bytes(_ context.Context, image reference.Named) (size int64, err error) {
+	for _, data := range m.blobs[image.Name()] {
+		size += int64(len(data))
+	}
+	return size, m.down
+}
+
 func (m *memory) Lend(_ context.Context, image reference.Named) (Hold, error) {
 	blobs, ok := m.blobs[image.Name()]
 	if !ok {

@@ -45,6 +45,13 @@ type Node interface {
 	// and not for showing.
 	Probe(ctx context.Context, blobs ...digest.Digest) (map[digest.Digest]int64, error)
 
+	// Bytes returns how much the node has of an image for its own platform: the bytes
+	// of the configuration and the layers that Lend would give. It is 0 when the node
+	// has no image of exactly this registry, repository and tag or digest; a name with
+	// neither means latest. What the registry calls so may be another image by now: it
+	// is not asked. As with Probe the answer is for placing builds and not for showing.
+	Bytes(ctx context.Context, image reference.Named) (int64, error)
+
 	// Lend holds what the node has of an image, or of every image of a repository
 	// when the name has no digest. The digest is that of the index or manifest
 	// which the registry resolved the name to; a name with a tag is refused,

@@ -1125,7 +1125,9 @@ type ProbeResponse struct {
 	Queued int32 `protobuf:"varint,4,opt,name=queued,proto3" json:"queued,omitempty"`
 	// Builds that may run at once.
 	Slots int32 `protobuf:"varint,5,opt,name=slots,proto3" json:"slots,omitempty"`
-	// Bytes of base images of the spec that need not be fetched.
+	// Bytes of base images of the spec that need not be fetched, because the node's
+	// container runtime has them. Only callers that act for every tenant are told: it says
+	// which images others have used. 0 for all others, and when it is not known.
 	LocalBaseBytes int64 `protobuf:"varint,6,opt,name=local_base_bytes,json=localBaseBytes,proto3" json:"local_base_bytes,omitempty"`
 	// Bytes of this tenant's step cache for the spec's cache scope: what its earlier
 	// builds left on this node.
