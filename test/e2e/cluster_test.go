@@ -27,6 +27,7 @@ func TestKilnOnKubernetes(t *testing.T) {
 		{"bad input", testBadInput},
 		{"cancel and delete", testCancelAndDelete},
 		{"command", testCommand},
+		{"tokens", testTokens},
 		{"faults", testFaults},
 	} {
 		t.Run(part.name, func(t *testing.T) { part.run(t, in) })

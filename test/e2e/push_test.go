@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"os/exec"
 	"testing"
 
+	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
 
 	buildv1 "github.com/kiln-build/kiln/api/build/v1alpha1"
@@ -30,6 +32,15 @@ func testPushSecret(t *testing.T, in *installation) {
 		"docker://"+addr+"/app@"+b.Status.Output.Digest).CombinedOutput()
 	require.NoError(t, err, string(out))
 	require.Contains(t, string(out), b.Status.Output.Digest)
+	raw, err := exec.Command("skopeo", "inspect", "--tls-verify=false", "--creds", "pusher:s3cret", "--raw", "docker://"+addr+"/app:1").Output()
+	require.NoError(t, err)
+	var m ocispecs.Manifest
+	require.NoError(t, json.Unmarshal(raw, &m))
+	size := m.Config.Size
+	for _, l := range m.Layers {
+		size += l.Size
+	}
+	require.Equal(t, size, b.Status.Output.Size)
 
 	b = in.fails(t, "push-refused", output("wrong")+in.inline("true"))
 	require.Equal(t, buildv1.ReasonPushFailed, b.Status.FailureDetails.Reason, explanation(b))

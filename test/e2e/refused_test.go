@@ -54,31 +54,57 @@ spec:
 	}
 }
 
+// secretData returns what a Secret of kiln's namespace has under key.
+func (in *installation) secretData(t *testing.T, secret, key string) []byte {
+	t.Helper()
+	text := in.kubectl(t, "get", "secret", secret, "-n", "kiln-system", "-o", "jsonpath={.data['"+strings.ReplaceAll(key, ".", "\\.")+"']}")
+	out, err := base64.StdEncoding.DecodeString(text)
+	require.NoError(t, err)
+	require.NotEmpty(t, out, "%s of %s", key, secret)
+	return out
+}
+
+// agentName is the name in the agents' certificate.
+const agentName = "kiln-agent.kiln-system.svc"
+
+// agentTLS is how clients without a certificate connect to an agent.
+func (in *installation) agentTLS(t *testing.T) *tls.Config {
+	t.Helper()
+	pool := x509.NewCertPool()
+	require.True(t, pool.AppendCertsFromPEM(in.secretData(t, "kiln-agent-tls", "ca.crt")))
+	return &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: agentName}
+}
+
+// agentAddresses returns where the agents listen.
+func (in *installation) agentAddresses(t *testing.T) []string {
+	t.Helper()
+	ips := in.kubectl(t, "get", "pods", "-n", "kiln-system", "-l", "app.kubernetes.io/name=kiln-agent", "-o", "jsonpath={.items[*].status.podIP}")
+	var out []string
+	for _, ip := range strings.Fields(ips) {
+		out = append(out, ip+":7420")
+	}
+	require.Len(t, out, len(in.Nodes()))
+	return out
+}
+
+// dialAgent returns a client of an agent. The connection ends with the test.
+func dialAgent(t *testing.T, address string, config *tls.Config, opts ...grpc.DialOption) agentv1.BuildServiceClient {
+	t.Helper()
+	conn, err := grpc.NewClient(address, append(opts, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithNoProxy())...)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return agentv1.NewBuildServiceClient(conn)
+}
+
 // agents returns clients of all agents that are who the controller is.
 func (in *installation) agents(t *testing.T) []agentv1.BuildServiceClient {
 	t.Helper()
-	data := func(secret, key string) []byte {
-		text := in.kubectl(t, "get", "secret", secret, "-n", "kiln-system", "-o", "jsonpath={.data['"+strings.ReplaceAll(key, ".", "\\.")+"']}")
-		out, err := base64.StdEncoding.DecodeString(text)
-		require.NoError(t, err)
-		require.NotEmpty(t, out, "%s of %s", key, secret)
-		return out
-	}
-	pool := x509.NewCertPool()
-	require.True(t, pool.AppendCertsFromPEM(data("kiln-agent-tls", "ca.crt")))
-	pair := controllerIdentity(t, data("kiln-ca", "tls.crt"), data("kiln-ca", "tls.key"))
-	creds := credentials.NewTLS(&tls.Config{
-		MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: "kiln-agent.kiln-system.svc", Certificates: []tls.Certificate{pair},
-	})
-	ips := in.kubectl(t, "get", "pods", "-n", "kiln-system", "-l", "app.kubernetes.io/name=kiln-agent", "-o", "jsonpath={.items[*].status.podIP}")
+	config := in.agentTLS(t)
+	config.Certificates = []tls.Certificate{controllerIdentity(t, in.secretData(t, "kiln-ca", "tls.crt"), in.secretData(t, "kiln-ca", "tls.key"))}
 	var out []agentv1.BuildServiceClient
-	for _, ip := range strings.Fields(ips) {
-		conn, err := grpc.NewClient(ip+":7420", grpc.WithTransportCredentials(creds), grpc.WithNoProxy())
-		require.NoError(t, err)
-		t.Cleanup(func() { _ = conn.Close() })
-		out = append(out, agentv1.NewBuildServiceClient(conn))
+	for _, address := range in.agentAddresses(t) {
+		out = append(out, dialAgent(t, address, config))
 	}
-	require.Len(t, out, len(in.Nodes()))
 	return out
 }
 

@@ -67,7 +67,7 @@ func (p *place) open(ctx context.Context) (builds, error) {
 	}
 	if p.agent == "" {
 		if p.tls.set() {
-			return nil, usage(errors.New("--tls flags are for an agent: give its address with --agent"))
+			return nil, usage(errors.New("--tls flags and --token-file are for an agent: give its address with --agent"))
 		}
 		c, err := cluster.New(p.cluster)
 		if err != nil {

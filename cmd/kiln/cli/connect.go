@@ -52,7 +52,7 @@ func (t *target) check() (sandbox.Class, error) {
 		return "", usage(t.tls.check(t.agent))
 	}
 	if t.tls.set() {
-		return "", usage(errors.New("--tls flags are for an agent: give its address with --agent"))
+		return "", usage(errors.New("--tls flags and --token-file are for an agent: give its address with --agent"))
 	}
 	if t.sandbox == "" {
 		return sandbox.GVisor, nil

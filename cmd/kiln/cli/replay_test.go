@@ -49,31 +49,3 @@ func TestReplayShowsStepsAndOutput(t *testing.T) {
 	_, err = replay(context.Background(), func(context.Context, func(*agentv1.Event) error) error { return broken }, display, nil)
 	require.ErrorIs(t, err, broken)
 }
-
-func TestTLSFlags(t *testing.T) {
-	for name, c := range map[string]struct {
-		addr string
-		f    tlsFlags
-		want string
-	}{
-		"socket":                 {addr: "unix:///run/kiln/agent.sock"},
-		"plain":                  {addr: "tcp://127.0.0.1:7420"},
-		"mutual":                 {addr: "tcp://h:1", f: tlsFlags{ca: "a", cert: "b", key: "c"}},
-		"no scheme":              {addr: "h:1", want: "want unix:///path"},
-		"no port":                {addr: "tcp://h", want: "want unix:///path"},
-		"other scheme":           {addr: "http://h:1", want: "want unix:///path"},
-		"TLS on a socket":        {addr: "unix:///s", f: tlsFlags{ca: "a"}, want: "tcp://"},
-		"key is missing":         {addr: "tcp://h:1", f: tlsFlags{ca: "a", cert: "b"}, want: "go together"},
-		"cert without authority": {addr: "tcp://h:1", f: tlsFlags{cert: "b", key: "c"}, want: "--tlscacert"},
-	} {
-		err := c.f.check(c.addr)
-		if c.want == "" {
-			require.NoError(t, err, name)
-			continue
-		}
-		require.ErrorContains(t, err, c.want, name)
-	}
-	f := tlsFlags{ca: "a"}
-	require.NoError(t, f.check("tcp://agent.example:1"))
-	require.Equal(t, "agent.example", f.serverName)
-}

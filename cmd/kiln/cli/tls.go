@@ -17,10 +17,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// tlsFlags say how a connection to an agent is protected. Their names are those of
-// buildctl.
+// tlsFlags say how a connection to an agent is protected, and by what the caller proves
+// who it is. The names of those for TLS are those of buildctl.
 type tlsFlags struct {
 	ca, cert, key, serverName string
+	token                     tokenFile
 }
 
 func (f *tlsFlags) flags(fs *pflag.FlagSet) {
@@ -28,6 +29,7 @@ func (f *tlsFlags) flags(fs *pflag.FlagSet) {
 	fs.StringVar(&f.cert, "tlscert", "", "File of the certificate to show to the agent (default $KILN_TLS_CERT)")
 	fs.StringVar(&f.key, "tlskey", "", "File of the key of --tlscert (default $KILN_TLS_KEY)")
 	fs.StringVar(&f.serverName, "tlsservername", "", "Name that the agent's certificate must have (default $KILN_TLS_SERVERNAME, else its host)")
+	fs.StringVar((*string)(&f.token), "token-file", "", "File of the ServiceAccount token to show to the agent; it is read again for each call (default $KILN_TOKEN_FILE)")
 }
 
 func (f *tlsFlags) set() bool { return *f != tlsFlags{} }
@@ -41,13 +43,15 @@ func (f *tlsFlags) check(addr string) error {
 	}
 	if u.Scheme == "unix" {
 		if f.set() {
-			return errors.New("--tls flags are for tcp:// agents")
+			return errors.New("--tls flags and --token-file are for tcp:// agents: on a socket the kernel says who calls")
 		}
 		return nil
 	}
-	for name, p := range map[string]*string{"CACERT": &f.ca, "CERT": &f.cert, "KEY": &f.key, "SERVERNAME": &f.serverName} {
+	for name, p := range map[string]*string{
+		"TLS_CACERT": &f.ca, "TLS_CERT": &f.cert, "TLS_KEY": &f.key, "TLS_SERVERNAME": &f.serverName, "TOKEN_FILE": (*string)(&f.token),
+	} {
 		if *p == "" {
-			*p = os.Getenv("KILN_TLS_" + name)
+			*p = os.Getenv("KILN_" + name)
 		}
 	}
 	if (f.cert == "") != (f.key == "") {
@@ -56,11 +60,50 @@ func (f *tlsFlags) check(addr string) error {
 	if f.serverName == "" && f.set() {
 		f.serverName = u.Hostname()
 	}
-	if f.cert != "" && f.ca == "" {
-		return errors.New("--tlscert needs --tlscacert: an agent's certificate is signed by its own authority")
+	for flag, set := range map[string]bool{"--tlscert": f.cert != "", "--token-file": f.token != ""} {
+		if set && f.ca == "" {
+			return fmt.Errorf("%s needs --tlscacert: an agent's certificate is signed by its own authority", flag)
+		}
+	}
+	if f.token != "" {
+		_, err := f.token.read()
+		return err
 	}
 	return nil
 }
+
+// maxTokenFile bounds the file of a token, in bytes. Agents take no longer one.
+const maxTokenFile = 16 << 10
+
+// tokenFile is the path of a file with a bearer token. It implements
+// credentials.PerRPCCredentials.
+type tokenFile string
+
+func (f tokenFile) read() (string, error) {
+	raw, err := os.ReadFile(string(f))
+	if err != nil {
+		return "", fmt.Errorf("read --token-file: %w", err)
+	}
+	token := strings.TrimSpace(string(raw))
+	if token == "" || len(raw) > maxTokenFile || strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("read --token-file %s: it does not hold one token", string(f))
+	}
+	return token, nil
+}
+
+// GetRequestMetadata implements credentials.PerRPCCredentials. The file is read each time:
+// Kubernetes replaces the token of a projected volume long before it expires.
+func (f tokenFile) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	token, err := f.read()
+	if err != nil {
+		return nil, err
+	}
+	return map[string]string{"authorization": "Bearer " + token}, nil
+}
+
+// RequireTransportSecurity implements credentials.PerRPCCredentials: a token never goes
+// over a connection that anybody can read.
+func (f tokenFile) RequireTransportSecurity() bool { return true }
 
 // clientOptions returns the flags as options of BuildKit's client.
 func (f *tlsFlags) clientOptions(string) []client.ClientOpt {
@@ -71,6 +114,9 @@ func (f *tlsFlags) clientOptions(string) []client.ClientOpt {
 	if f.cert != "" {
 		opts = append(opts, client.WithCredentials(f.cert, f.key))
 	}
+	if f.token != "" {
+		opts = append(opts, client.WithGRPCDialOption(grpc.WithPerRPCCredentials(f.token)))
+	}
 	return opts
 }
 
@@ -78,6 +124,10 @@ func (f *tlsFlags) clientOptions(string) []client.ClientOpt {
 // connection.
 func dialBuilds(_ context.Context, addr string, f *tlsFlags) (*grpc.ClientConn, error) {
 	creds := insecure.NewCredentials()
+	var opts []grpc.DialOption
+	if f.token != "" {
+		opts = append(opts, grpc.WithPerRPCCredentials(f.token))
+	}
 	if f.set() {
 		ca, err := os.ReadFile(f.ca)
 		if err != nil {
@@ -96,7 +146,7 @@ func dialBuilds(_ context.Context, addr string, f *tlsFlags) (*grpc.ClientConn, 
 		}
 		creds = credentials.NewTLS(config)
 	}
-	conn, err := grpc.NewClient(strings.TrimPrefix(addr, "tcp://"), grpc.WithTransportCredentials(creds))
+	conn, err := grpc.NewClient(strings.TrimPrefix(addr, "tcp://"), append(opts, grpc.WithTransportCredentials(creds))...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to agent %s: %w", addr, err)
 	}
