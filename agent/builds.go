@@ -156,6 +156,8 @@ func (a *Agent) CancelBuild(ctx context.Context, req *agentv1.CancelBuildRequest
 	if len(req.GetReason()) > maxReason {
 		return nil, invalid("reason", "has %d bytes, %d is the most", len(req.GetReason()), maxReason)
 	}
+	// Its source may still be arriving, of which there is no record.
+	a.uploads.Forget(key.Tenant, key.ID)
 	a.mu.Lock()
 	j := a.jobs[key]
 	a.mu.Unlock()

@@ -139,6 +139,7 @@ func (a *Agent) begin(ctx context.Context, key record.Key, req *agentv1.StartBui
 		a.working.Done()
 		return nil, err
 	}
+	a.uploads.Forget(key.Tenant, key.ID) // it has its source
 	go func() {
 		defer a.working.Done()
 		a.run(j)

@@ -89,6 +89,8 @@ func statusOf(err error) error {
 		}, &errdetails.ErrorInfo{Reason: "NODE_TOO_SMALL", Domain: errorDomain, Metadata: map[string]string{"subject": "spec.resources." + large.Resource}})
 	case errors.As(err, &mismatch):
 		return ruled(codes.DataLoss, "UPLOAD_MISMATCH", "", mismatch.Message)
+	case errors.Is(err, upload.ErrTakenOver):
+		return ruled(codes.Aborted, "UPLOAD_TAKEN_OVER", "", "data: "+err.Error())
 	case errors.As(err, &limit):
 		return quota(limit.Rule, limit.Message)
 	case errors.As(err, &beyond):

@@ -20,8 +20,8 @@ type Limits struct {
 	// arrive included.
 	TenantBytes int64
 	TenantCount int
-	// Age is how long an archive is kept that no build names, and how long one may
-	// take to arrive.
+	// Age is how long an archive is kept that no build names, how long one may take to
+	// arrive at once, and how long parts are kept when no other comes.
 	Age time.Duration
 	// MinFree is how many bytes of the disk stay free.
 	MinFree int64
@@ -85,10 +85,11 @@ type Store struct {
 	freeDisk func() (int64, error)
 
 	mu       sync.Mutex
-	archives map[key]*archive  // guarded by mu
-	used     map[string]*usage // guarded by mu; by tenant
-	arriving int64             // guarded by mu; bytes that may still be written
-	serial   uint64            // guarded by mu; of temporary files
+	archives map[key]*archive     // guarded by mu
+	partials map[partKey]*partial // guarded by mu
+	used     map[string]*usage    // guarded by mu; by tenant
+	arriving int64                // guarded by mu; bytes that may still be written
+	serial   uint64               // guarded by mu; of temporary files
 }
 
 // Open returns an empty store in dir, which it makes, or clears. freeDisk tells
@@ -109,12 +110,17 @@ func Open(dir string, limits Limits, freeDisk func() (int64, error), now func() 
 	}
 	return &Store{
 		dir: dir, root: root, limits: limits.withDefaults(), now: now, freeDisk: freeDisk,
-		archives: map[key]*archive{}, used: map[string]*usage{},
+		archives: map[key]*archive{}, partials: map[partKey]*partial{}, used: map[string]*usage{},
 	}, nil
 }
 
-// Close releases the directory. What arrives fails.
-func (s *Store) Close() error { return s.root.Close() }
+// Close releases the directory. What arrives fails, and parts are gone.
+func (s *Store) Close() error {
+	for _, p := range s.parts(func(partKey) bool { return true }) {
+		p.drop()
+	}
+	return s.root.Close()
+}
 
 // Limits returns the limits, with defaults filled in.
 func (s *Store) Limits() Limits { return s.limits }
@@ -197,8 +203,12 @@ func (s *Store) giveBack(tenant string, size int64) {
 	}
 }
 
-// Sweep removes archives that no build has named in time. It is for a timer.
+// Sweep removes archives that no build has named in time, and parts that no other has
+// followed. It is for a timer.
 func (s *Store) Sweep() {
+	for _, p := range s.parts(func(partKey) bool { return true }) {
+		p.dropIfIdle()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()

@@ -29,35 +29,48 @@ type Writer struct {
 // error is a *LimitError or a *MismatchError, of which the latter says what is
 // wrong with digest or size.
 func (s *Store) Create(tenant string, d digest.Digest, size int64) (*Writer, error) {
+	if err := s.check(d, size); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.create(key{tenant, d}, size)
+}
+
+// check tells what is wrong with what is announced.
+func (s *Store) check(d digest.Digest, size int64) error {
 	if err := d.Validate(); err != nil || d.Algorithm() != digest.SHA256 {
-		return nil, &MismatchError{fmt.Sprintf("digest: want sha256:<64 hexadecimal digits>, not %.80q", d.String())}
+		return &MismatchError{fmt.Sprintf("digest: want sha256:<64 hexadecimal digits>, not %.80q", d.String())}
 	}
 	if size <= 0 {
-		return nil, &MismatchError{"size: want the number of bytes that follow, above 0"}
+		return &MismatchError{"size: want the number of bytes that follow, above 0"}
 	}
-	name, err := s.reserve(tenant, size)
+	if size > s.limits.Bytes {
+		return &LimitError{"upload-size", fmt.Sprintf("size: an upload may have %d bytes, this one has %d", s.limits.Bytes, size)}
+	}
+	return nil
+}
+
+// create takes size from the tenant's quota and makes a file. The caller holds mu.
+func (s *Store) create(k key, size int64) (*Writer, error) {
+	name, err := s.reserve(k.tenant, size)
 	if err != nil {
 		return nil, err
 	}
 	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		s.unreserve(tenant, size)
+		s.unreserve(k.tenant, size)
 		return nil, fmt.Errorf("make file of upload: %w", err)
 	}
 	return &Writer{
-		store: s, key: key{tenant, d}, size: size, name: name, file: f,
+		store: s, key: k, size: size, name: name, file: f,
 		hash: digest.SHA256.Hash(), until: s.now().Add(s.limits.Age),
 	}, nil
 }
 
 // reserve takes size from the tenant's quota and returns the name of a temporary
-// file.
+// file. The caller holds mu.
 func (s *Store) reserve(tenant string, size int64) (string, error) {
-	if size > s.limits.Bytes {
-		return "", &LimitError{"upload-size", fmt.Sprintf("size: an upload may have %d bytes, this one has %d", s.limits.Bytes, size)}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.freeDisk != nil {
 		if free, err := s.freeDisk(); err == nil && free-s.arriving-size < s.limits.MinFree {
 			return "", &LimitError{"disk-free", fmt.Sprintf("the node's disk has %d bytes free; uploads leave %d", free, s.limits.MinFree)}
@@ -81,12 +94,14 @@ func (s *Store) reserve(tenant string, size int64) (string, error) {
 	return "arriving-" + strconv.FormatUint(s.serial, 10), nil
 }
 
+// unreserve takes back what reserve did. The caller holds mu.
 func (s *Store) unreserve(tenant string, size int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.arriving -= size
 	s.giveBack(tenant, size)
 }
+
+// Digest is what the archive is to have.
+func (w *Writer) Digest() digest.Digest { return w.key.digest }
 
 // Write takes the next piece. The error is a *MismatchError when there is more than
 // was announced, or it took too long.
@@ -128,18 +143,23 @@ func (w *Writer) keep() (time.Time, error) {
 	s := w.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	expires := s.now().Add(s.limits.Age)
 	if a := s.archives[w.key]; a != nil {
-		a.expires, a.spent = expires, false
-		return expires, nil
+		return s.renew(a), nil
 	}
 	if err := s.root.Rename(w.name, w.key.file()); err != nil {
 		return time.Time{}, fmt.Errorf("store upload: %w", err)
 	}
-	s.archives[w.key] = &archive{size: w.size, expires: expires}
+	a := &archive{size: w.size}
+	s.archives[w.key] = a
 	s.arriving -= w.size
 	w.done = true
-	return expires, nil
+	return s.renew(a), nil
+}
+
+// renew keeps an archive for a build that is still to come. The caller holds mu.
+func (s *Store) renew(a *archive) (expires time.Time) {
+	a.expires, a.spent = s.now().Add(s.limits.Age), false
+	return a.expires
 }
 
 // Abort gives up what was not committed.
@@ -150,7 +170,9 @@ func (w *Writer) Abort() error {
 	w.done = true
 	_ = w.file.Close() // closed already when Commit failed after it
 	err := w.store.root.Remove(w.name)
+	w.store.mu.Lock()
 	w.store.unreserve(w.key.tenant, w.size)
+	w.store.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("remove upload: %w", err)
 	}

@@ -45,6 +45,7 @@ type Twin struct {
 	address string
 	builds  map[string]*played
 	uploads map[string]bool
+	parts   map[string]*arriving // by build
 	started int
 	probe   *agentv1.ProbeResponse
 	refusal error
@@ -61,7 +62,7 @@ type played struct {
 
 // New returns a twin that does not serve yet.
 func New(node string, tlsConfig *tls.Config) *Twin {
-	return &Twin{Node: node, tls: tlsConfig, changed: make(chan struct{}), builds: map[string]*played{}, uploads: map[string]bool{},
+	return &Twin{Node: node, tls: tlsConfig, changed: make(chan struct{}), builds: map[string]*played{}, uploads: map[string]bool{}, parts: map[string]*arriving{},
 		probe: &agentv1.ProbeResponse{Runnable: true, Slots: 4}}
 }
 

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"hash"
 	"io"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -22,7 +23,13 @@ func noUpload(digest string) error {
 	return st.Err()
 }
 
-// UploadSource takes an archive and forgets its content.
+// arriving is an archive of which parts have arrived. Of the content only the hash is kept.
+type arriving struct {
+	sum      hash.Hash
+	received int64
+}
+
+// UploadSource takes an archive, or a part of one, and forgets its content.
 func (t *Twin) UploadSource(stream grpc.ClientStreamingServer[agentv1.UploadSourceRequest, agentv1.UploadSourceResponse]) error {
 	first, err := stream.Recv()
 	if err != nil {
@@ -32,7 +39,10 @@ func (t *Twin) UploadSource(stream grpc.ClientStreamingServer[agentv1.UploadSour
 	if h == nil {
 		return status.Error(codes.InvalidArgument, "header: must come first")
 	}
-	sum, size := sha256.New(), int64(0)
+	a := t.arriving(h)
+	if p := h.GetPart(); p != nil && (t.has(h) || p.Offset != a.received) {
+		return stream.SendAndClose(t.partAnswer(h, a))
+	}
 	for {
 		msg, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -41,14 +51,50 @@ func (t *Twin) UploadSource(stream grpc.ClientStreamingServer[agentv1.UploadSour
 		if err != nil {
 			return err
 		}
-		size += int64(len(msg.GetData()))
-		_, _ = sum.Write(msg.GetData())
+		t.mu.Lock()
+		a.received += int64(len(msg.GetData()))
+		_, _ = a.sum.Write(msg.GetData())
+		t.mu.Unlock()
 	}
-	if got := "sha256:" + hex.EncodeToString(sum.Sum(nil)); got != h.Digest || size != h.Size {
-		return status.Errorf(codes.DataLoss, "digest: the data has %s and %d bytes", got, size)
+	if h.GetPart() != nil && a.received < h.Size {
+		return stream.SendAndClose(t.partAnswer(h, a))
 	}
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.parts, h.GetPart().GetBuildId())
+	if got := "sha256:" + hex.EncodeToString(a.sum.Sum(nil)); got != h.Digest || a.received != h.Size {
+		return status.Errorf(codes.DataLoss, "digest: the data has %s and %d bytes", got, a.received)
+	}
 	t.uploads[h.Tenant+"/"+h.Digest] = true
-	t.mu.Unlock()
-	return stream.SendAndClose(&agentv1.UploadSourceResponse{Digest: h.Digest})
+	return stream.SendAndClose(&agentv1.UploadSourceResponse{Digest: h.Digest, Received: a.received})
+}
+
+// arriving returns what has arrived of the archive.
+func (t *Twin) arriving(h *agentv1.UploadHeader) *arriving {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	build := h.GetPart().GetBuildId()
+	a := t.parts[build]
+	if a == nil {
+		a = &arriving{sum: sha256.New()}
+		if build != "" {
+			t.parts[build] = a
+		}
+	}
+	return a
+}
+
+func (t *Twin) has(h *agentv1.UploadHeader) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.uploads[h.Tenant+"/"+h.Digest]
+}
+
+func (t *Twin) partAnswer(h *agentv1.UploadHeader, a *arriving) *agentv1.UploadSourceResponse {
+	if t.has(h) {
+		return &agentv1.UploadSourceResponse{Digest: h.Digest, Received: h.Size}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return &agentv1.UploadSourceResponse{Received: a.received}
 }

@@ -178,7 +178,7 @@ func fromGRPC(err error) error {
 		p.code, p.reason = http.StatusForbidden, metav1.StatusReasonForbidden
 	case codes.ResourceExhausted:
 		p.code, p.reason = http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge
-	case codes.Unavailable, codes.DeadlineExceeded:
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Aborted:
 		p.code, p.reason = http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable
 	}
 	return p

@@ -25,15 +25,17 @@ const (
 )
 
 // serveUpload sends the body to the agent of the Build's node. The answer is 200 when the
-// agent has it and has verified its digest.
+// agent has all of the archive and has verified its digest; 202 when it has taken a part;
+// 416 when it has not, because the part does not begin where the last one ended.
 func (s *Server) serveUpload(w http.ResponseWriter, r *http.Request) {
-	if r.ContentLength < 0 {
-		writeStatus(w, http.StatusLengthRequired, metav1.StatusReasonBadRequest, "the upload must say its length")
+	c, err := contentOf(r)
+	if err != nil {
+		answer(w, err)
 		return
 	}
-	if r.ContentLength > s.config.MaxUploadBytes {
+	if c.total > s.config.MaxUploadBytes {
 		writeStatus(w, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge,
-			fmt.Sprintf("the upload has %d bytes, at most %d are possible", r.ContentLength, s.config.MaxUploadBytes))
+			fmt.Sprintf("the upload has %d bytes, at most %d are possible", c.total, s.config.MaxUploadBytes))
 		return
 	}
 	b, err := s.awaiting(r.Context(), key(r))
@@ -42,15 +44,26 @@ func (s *Server) serveUpload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	digest := b.Spec.Source.Upload.Digest
-	if err := s.send(r.Context(), b, digest, r.Body, r.ContentLength); err != nil {
+	head := &agentv1.UploadHeader{Tenant: b.Namespace, Digest: digest, Size: c.total}
+	send := s.send
+	if c.part {
+		head.Part = &agentv1.UploadPart{BuildId: b.Status.BuildID, Offset: c.offset}
+		send = s.sendPart
+	}
+	taken, err := send(r.Context(), b.Status.Node, head, r.Body)
+	if err != nil {
 		answer(w, err)
+		return
+	}
+	if taken.GetDigest() == "" {
+		answerPart(w, c, taken.GetReceived())
 		return
 	}
 	if err := s.announce(r.Context(), b, digest); err != nil {
 		answer(w, err)
 		return
 	}
-	s.log.Info("took an upload", "namespace", b.Namespace, "build", b.Name, "node", b.Status.Node, "bytes", r.ContentLength)
+	s.log.Info("took an upload", "namespace", b.Namespace, "build", b.Name, "node", b.Status.Node, "bytes", c.total)
 	writeJSON(&metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess, Code: http.StatusOK})(w, r)
 }
 
@@ -66,7 +79,7 @@ func (s *Server) awaiting(ctx context.Context, name types.NamespacedName) (*v1al
 		switch {
 		case b.Spec.Source == nil || b.Spec.Source.Upload == nil:
 			return nil, &problem{http.StatusBadRequest, metav1.StatusReasonBadRequest, "spec.source.upload: the build takes no upload"}
-		case b.Ended() || (b.Status.BuildID != "" && b.Status.Phase != v1alpha1.PhaseScheduled):
+		case b.Ended() || b.DeletionTimestamp != nil || b.Spec.State == v1alpha1.StateCancelled || (b.Status.BuildID != "" && b.Status.Phase != v1alpha1.PhaseScheduled):
 			return nil, &problem{http.StatusConflict, metav1.StatusReasonConflict, "the build has its source already, or has ended"}
 		case b.Status.BuildID != "":
 			return b, nil
@@ -79,19 +92,35 @@ func (s *Server) awaiting(ctx context.Context, name types.NamespacedName) (*v1al
 	}
 }
 
-// send streams the body to the agent.
-func (s *Server) send(ctx context.Context, b *v1alpha1.Build, digest string, body io.Reader, size int64) error {
+// send streams the body to the agent of a node.
+func (s *Server) send(ctx context.Context, node string, head *agentv1.UploadHeader, body io.Reader) (*agentv1.UploadSourceResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	api, err := s.clients.Client(ctx, b.Status.Node)
+	up, cut, err := s.pour(ctx, node, head, body)
 	if err != nil {
-		return &problem{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, err.Error()}
+		return nil, err
 	}
-	up, err := api.UploadSource(ctx)
+	if cut != nil {
+		return nil, &problem{http.StatusBadRequest, metav1.StatusReasonBadRequest, fmt.Sprintf("receive upload: %v", cut)}
+	}
+	taken, err := up.CloseAndRecv()
 	if err != nil {
-		return fromGRPC(err)
+		return nil, fromGRPC(err)
 	}
-	err = up.Send(&agentv1.UploadSourceRequest{Part: &agentv1.UploadSourceRequest_Header{Header: &agentv1.UploadHeader{Tenant: b.Namespace, Digest: digest, Size: size}}})
+	return taken, nil
+}
+
+// pour sends the header and the body until that ends, is cut off, which cut tells, or the
+// agent has no use for more, which its answer tells.
+func (s *Server) pour(ctx context.Context, node string, head *agentv1.UploadHeader, body io.Reader) (up agentv1.BuildService_UploadSourceClient, cut, err error) {
+	api, err := s.clients.Client(ctx, node)
+	if err != nil {
+		return nil, nil, &problem{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, err.Error()}
+	}
+	if up, err = api.UploadSource(ctx); err != nil {
+		return nil, nil, fromGRPC(err)
+	}
+	err = up.Send(&agentv1.UploadSourceRequest{Part: &agentv1.UploadSourceRequest_Header{Header: head}})
 	buf := make([]byte, chunk)
 	for err == nil {
 		var n int
@@ -102,14 +131,10 @@ func (s *Server) send(ctx context.Context, b *v1alpha1.Build, digest string, bod
 			}
 		}
 	}
-	// EOF is either the end of the body or the agent's refusal, which the answer tells.
 	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return &problem{http.StatusBadRequest, metav1.StatusReasonBadRequest, fmt.Sprintf("receive upload: %v", err)}
+		return up, err, nil
 	}
-	if _, err := up.CloseAndRecv(); err != nil {
-		return fromGRPC(err)
-	}
-	return nil
+	return up, nil, nil
 }
 
 // announce tells the controller that leads that the source is there.

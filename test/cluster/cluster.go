@@ -33,6 +33,9 @@ type Config struct {
 	Bin string
 	// Nodes is the number of worker nodes, at most 8; 0 for two.
 	Nodes int
+	// RequestTimeout is how long the API server lets a request be that is no watch; 0
+	// for its own default, a minute.
+	RequestTimeout time.Duration
 	// Log, if set, gets a line for each step of the start.
 	Log io.Writer
 }

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 const (
@@ -143,9 +145,10 @@ func (c *Cluster) startStore(ctx context.Context) error {
 		"--log-level=warn")
 }
 
-func (c *Cluster) startAPIServer(ctx context.Context, a addresses) error {
+func (c *Cluster) startAPIServer(ctx context.Context, cfg Config, a addresses) error {
 	pki := filepath.Join(c.dir, "pki")
 	return c.Control().Run(ctx, APIServer, "kube-apiserver",
+		"--request-timeout="+cmp.Or(cfg.RequestTimeout, time.Minute).String(),
 		"--etcd-servers="+etcdURL,
 		fmt.Sprintf("--secure-port=%d", apiPort),
 		"--advertise-address="+a.control().String(),

@@ -145,7 +145,7 @@ func up(ctx context.Context, cfg Config) (*Cluster, error) {
 	if err := c.startStore(ctx); err != nil {
 		return c, err
 	}
-	if err := c.startAPIServer(ctx, a); err != nil {
+	if err := c.startAPIServer(ctx, cfg, a); err != nil {
 		return c, err
 	}
 	for _, n := range c.Nodes() {

@@ -28,6 +28,7 @@ func TestKilnOnKubernetes(t *testing.T) {
 		{"cancel and delete", testCancelAndDelete},
 		{"command", testCommand},
 		{"tokens", testTokens},
+		{"upload over a slow line", testSlowUpload},
 		{"faults", testFaults},
 	} {
 		t.Run(part.name, func(t *testing.T) { part.run(t, in) })

@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -86,15 +85,21 @@ func testCommand(t *testing.T, in *installation) {
 // userConfig returns a kubeconfig of a ServiceAccount.
 func (in *installation) userConfig(t *testing.T, account string) string {
 	t.Helper()
-	token := in.kubectl(t, "create", "token", account, "-n", namespace)
-	admin, err := os.ReadFile(in.Kubeconfig())
+	return in.userConfigAt(t, account, in.server(t))
+}
+
+// server is the URL of the API server.
+func (in *installation) server(t *testing.T) string {
+	t.Helper()
+	config, err := in.RESTConfig()
 	require.NoError(t, err)
-	var server string
-	for line := range strings.Lines(string(admin)) {
-		if _, s, ok := strings.Cut(line, "server: "); ok {
-			server = strings.TrimSpace(s)
-		}
-	}
+	return config.Host
+}
+
+// userConfigAt returns a kubeconfig of a ServiceAccount for an address of the API server.
+func (in *installation) userConfigAt(t *testing.T, account, server string) string {
+	t.Helper()
+	token := in.kubectl(t, "create", "token", account, "-n", namespace)
 	file := filepath.Join(t.TempDir(), "kubeconfig")
 	require.NoError(t, os.WriteFile(file, fmt.Appendf(nil, `apiVersion: v1
 kind: Config
@@ -102,6 +107,6 @@ clusters: [{name: c, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: u, user: {token: %q}}]
 contexts: [{name: c, context: {cluster: c, user: u}}]
 current-context: c
-`, strings.Trim(server, `"`), in.CAFile(), token), 0o600))
+`, server, in.CAFile(), token), 0o600))
 	return file
 }

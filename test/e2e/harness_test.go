@@ -32,6 +32,8 @@ const (
 	upTimeout = 8 * time.Minute
 	// buildTimeout bounds one build.
 	buildTimeout = 3 * time.Minute
+	// requestTimeout is the API server's: short, so that an upload soon takes longer.
+	requestTimeout = 20 * time.Second
 	// namespace is where most builds of the tests are.
 	namespace = "team-a"
 	// restricted is a namespace with a policy.
@@ -69,7 +71,7 @@ func install(t *testing.T) *installation {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	began := time.Now()
-	c, err := cluster.Up(ctx, cluster.Config{Dir: filepath.Join(dir, "cluster")})
+	c, err := cluster.Up(ctx, cluster.Config{Dir: filepath.Join(dir, "cluster"), RequestTimeout: requestTimeout})
 	require.NoError(t, err, "run `make cluster-tools` first")
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)

@@ -945,8 +945,10 @@ type UploadHeader struct {
 	Tenant string `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	// Digest of all data, as "sha256:<hex>".
 	Digest string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
-	// Number of bytes.
-	Size          int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// Number of bytes of the archive.
+	Size int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// Set: the data that follows is a part of the archive.
+	Part          *UploadPart `protobuf:"bytes,4,opt,name=part,proto3" json:"part,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1002,20 +1004,87 @@ func (x *UploadHeader) GetSize() int64 {
 	return 0
 }
 
+func (x *UploadHeader) GetPart() *UploadPart {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+// UploadPart says which part of an archive comes.
+type UploadPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The build that will name the archive. It need not be known yet.
+	BuildId string `protobuf:"bytes,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	// Where the part begins: at what has been received, so that there are no gaps. With
+	// another offset no data is taken, and the response tells the right one. A call
+	// without data asks for it.
+	Offset        int64 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadPart) Reset() {
+	*x = UploadPart{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadPart) ProtoMessage() {}
+
+func (x *UploadPart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadPart.ProtoReflect.Descriptor instead.
+func (*UploadPart) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *UploadPart) GetBuildId() string {
+	if x != nil {
+		return x.BuildId
+	}
+	return ""
+}
+
+func (x *UploadPart) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
 // UploadSourceResponse confirms an upload.
 type UploadSourceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What UploadedSource.digest names.
+	// What UploadedSource.digest names. Empty: parts are missing.
 	Digest string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
-	// Until when it is kept when no build names it.
-	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// Until when it is kept when no build names it, or no further part comes.
+	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// The bytes of the archive that are there: the offset of the next part. Only the
+	// answer to a part has it.
+	Received      int64 `protobuf:"varint,3,opt,name=received,proto3" json:"received,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UploadSourceResponse) Reset() {
 	*x = UploadSourceResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1096,7 @@ func (x *UploadSourceResponse) String() string {
 func (*UploadSourceResponse) ProtoMessage() {}
 
 func (x *UploadSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1109,7 @@ func (x *UploadSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadSourceResponse.ProtoReflect.Descriptor instead.
 func (*UploadSourceResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UploadSourceResponse) GetDigest() string {
@@ -1057,6 +1126,13 @@ func (x *UploadSourceResponse) GetExpiresAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *UploadSourceResponse) GetReceived() int64 {
+	if x != nil {
+		return x.Received
+	}
+	return 0
+}
+
 // ProbeRequest asks about a spec.
 type ProbeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1070,7 +1146,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1158,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1171,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ProbeRequest) GetTenant() string {
@@ -1143,7 +1219,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1231,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1244,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ProbeResponse) GetRunnable() bool {
@@ -1243,7 +1319,7 @@ type GetInfoRequest struct {
 
 func (x *GetInfoRequest) Reset() {
 	*x = GetInfoRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1331,7 @@ func (x *GetInfoRequest) String() string {
 func (*GetInfoRequest) ProtoMessage() {}
 
 func (x *GetInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1344,7 @@ func (x *GetInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetInfoRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 // GetInfoResponse describes a node and its agent.
@@ -1298,7 +1374,7 @@ type GetInfoResponse struct {
 
 func (x *GetInfoResponse) Reset() {
 	*x = GetInfoResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1386,7 @@ func (x *GetInfoResponse) String() string {
 func (*GetInfoResponse) ProtoMessage() {}
 
 func (x *GetInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1399,7 @@ func (x *GetInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetInfoResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetInfoResponse) GetNode() string {
@@ -1404,7 +1480,7 @@ type SandboxInfo struct {
 
 func (x *SandboxInfo) Reset() {
 	*x = SandboxInfo{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1416,7 +1492,7 @@ func (x *SandboxInfo) String() string {
 func (*SandboxInfo) ProtoMessage() {}
 
 func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +1505,7 @@ func (x *SandboxInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxInfo.ProtoReflect.Descriptor instead.
 func (*SandboxInfo) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SandboxInfo) GetClass() SandboxClass {
@@ -1468,7 +1544,7 @@ type NodeRuntime struct {
 
 func (x *NodeRuntime) Reset() {
 	*x = NodeRuntime{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1556,7 @@ func (x *NodeRuntime) String() string {
 func (*NodeRuntime) ProtoMessage() {}
 
 func (x *NodeRuntime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1569,7 @@ func (x *NodeRuntime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRuntime.ProtoReflect.Descriptor instead.
 func (*NodeRuntime) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeRuntime) GetName() string {
@@ -1528,7 +1604,7 @@ type DiskUsageRequest struct {
 
 func (x *DiskUsageRequest) Reset() {
 	*x = DiskUsageRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1616,7 @@ func (x *DiskUsageRequest) String() string {
 func (*DiskUsageRequest) ProtoMessage() {}
 
 func (x *DiskUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1629,7 @@ func (x *DiskUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskUsageRequest.ProtoReflect.Descriptor instead.
 func (*DiskUsageRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DiskUsageRequest) GetTenant() string {
@@ -1578,7 +1654,7 @@ type DiskUsageResponse struct {
 
 func (x *DiskUsageResponse) Reset() {
 	*x = DiskUsageResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1590,7 +1666,7 @@ func (x *DiskUsageResponse) String() string {
 func (*DiskUsageResponse) ProtoMessage() {}
 
 func (x *DiskUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1603,7 +1679,7 @@ func (x *DiskUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskUsageResponse.ProtoReflect.Descriptor instead.
 func (*DiskUsageResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DiskUsageResponse) GetCaches() []*CacheUsage {
@@ -1646,7 +1722,7 @@ type CacheUsage struct {
 
 func (x *CacheUsage) Reset() {
 	*x = CacheUsage{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1734,7 @@ func (x *CacheUsage) String() string {
 func (*CacheUsage) ProtoMessage() {}
 
 func (x *CacheUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1747,7 @@ func (x *CacheUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsage.ProtoReflect.Descriptor instead.
 func (*CacheUsage) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CacheUsage) GetTenant() string {
@@ -1726,7 +1802,7 @@ type PruneRequest struct {
 
 func (x *PruneRequest) Reset() {
 	*x = PruneRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +1814,7 @@ func (x *PruneRequest) String() string {
 func (*PruneRequest) ProtoMessage() {}
 
 func (x *PruneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +1827,7 @@ func (x *PruneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneRequest.ProtoReflect.Descriptor instead.
 func (*PruneRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PruneRequest) GetTenant() string {
@@ -1795,7 +1871,7 @@ type PruneResponse struct {
 
 func (x *PruneResponse) Reset() {
 	*x = PruneResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +1883,7 @@ func (x *PruneResponse) String() string {
 func (*PruneResponse) ProtoMessage() {}
 
 func (x *PruneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +1896,7 @@ func (x *PruneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneResponse.ProtoReflect.Descriptor instead.
 func (*PruneResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PruneResponse) GetFreed() int64 {
@@ -1870,7 +1946,7 @@ type Build struct {
 
 func (x *Build) Reset() {
 	*x = Build{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +1958,7 @@ func (x *Build) String() string {
 func (*Build) ProtoMessage() {}
 
 func (x *Build) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +1971,7 @@ func (x *Build) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Build.ProtoReflect.Descriptor instead.
 func (*Build) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Build) GetBuildId() string {
@@ -2007,7 +2083,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2019,7 +2095,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2032,7 +2108,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *BuildResult) GetState() BuildState {
@@ -2105,7 +2181,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2193,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2206,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Failure) GetReason() FailureReason {
@@ -2190,7 +2266,7 @@ type SourceLocation struct {
 
 func (x *SourceLocation) Reset() {
 	*x = SourceLocation{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2278,7 @@ func (x *SourceLocation) String() string {
 func (*SourceLocation) ProtoMessage() {}
 
 func (x *SourceLocation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2291,7 @@ func (x *SourceLocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceLocation.ProtoReflect.Descriptor instead.
 func (*SourceLocation) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SourceLocation) GetFile() string {
@@ -2263,7 +2339,7 @@ type StepResult struct {
 
 func (x *StepResult) Reset() {
 	*x = StepResult{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2351,7 @@ func (x *StepResult) String() string {
 func (*StepResult) ProtoMessage() {}
 
 func (x *StepResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2364,7 @@ func (x *StepResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepResult.ProtoReflect.Descriptor instead.
 func (*StepResult) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StepResult) GetDigest() string {
@@ -2358,7 +2434,7 @@ type StepNetwork struct {
 
 func (x *StepNetwork) Reset() {
 	*x = StepNetwork{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2446,7 @@ func (x *StepNetwork) String() string {
 func (*StepNetwork) ProtoMessage() {}
 
 func (x *StepNetwork) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2459,7 @@ func (x *StepNetwork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepNetwork.ProtoReflect.Descriptor instead.
 func (*StepNetwork) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StepNetwork) GetReached() []*StepContact {
@@ -2433,7 +2509,7 @@ type StepContact struct {
 
 func (x *StepContact) Reset() {
 	*x = StepContact{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2521,7 @@ func (x *StepContact) String() string {
 func (*StepContact) ProtoMessage() {}
 
 func (x *StepContact) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2534,7 @@ func (x *StepContact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepContact.ProtoReflect.Descriptor instead.
 func (*StepContact) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StepContact) GetAddress() string {
@@ -2526,7 +2602,7 @@ type StepUsage struct {
 
 func (x *StepUsage) Reset() {
 	*x = StepUsage{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2538,7 +2614,7 @@ func (x *StepUsage) String() string {
 func (*StepUsage) ProtoMessage() {}
 
 func (x *StepUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2551,7 +2627,7 @@ func (x *StepUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepUsage.ProtoReflect.Descriptor instead.
 func (*StepUsage) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StepUsage) GetCpu() *durationpb.Duration {
@@ -2648,7 +2724,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2736,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2749,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Event) GetOffset() uint64 {
@@ -2812,7 +2888,7 @@ type StatusEvent struct {
 
 func (x *StatusEvent) Reset() {
 	*x = StatusEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +2900,7 @@ func (x *StatusEvent) String() string {
 func (*StatusEvent) ProtoMessage() {}
 
 func (x *StatusEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +2913,7 @@ func (x *StatusEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusEvent.ProtoReflect.Descriptor instead.
 func (*StatusEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StatusEvent) GetState() BuildState {
@@ -2876,7 +2952,7 @@ type StepEvent struct {
 
 func (x *StepEvent) Reset() {
 	*x = StepEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2888,7 +2964,7 @@ func (x *StepEvent) String() string {
 func (*StepEvent) ProtoMessage() {}
 
 func (x *StepEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2901,7 +2977,7 @@ func (x *StepEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepEvent.ProtoReflect.Descriptor instead.
 func (*StepEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StepEvent) GetStep() *StepResult {
@@ -2940,7 +3016,7 @@ type LogEvent struct {
 
 func (x *LogEvent) Reset() {
 	*x = LogEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3028,7 @@ func (x *LogEvent) String() string {
 func (*LogEvent) ProtoMessage() {}
 
 func (x *LogEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3041,7 @@ func (x *LogEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEvent.ProtoReflect.Descriptor instead.
 func (*LogEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *LogEvent) GetStep() string {
@@ -3008,7 +3084,7 @@ type WarningEvent struct {
 
 func (x *WarningEvent) Reset() {
 	*x = WarningEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3096,7 @@ func (x *WarningEvent) String() string {
 func (*WarningEvent) ProtoMessage() {}
 
 func (x *WarningEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3109,7 @@ func (x *WarningEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarningEvent.ProtoReflect.Descriptor instead.
 func (*WarningEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WarningEvent) GetStep() string {
@@ -3095,7 +3171,7 @@ type ProgressEvent struct {
 
 func (x *ProgressEvent) Reset() {
 	*x = ProgressEvent{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3107,7 +3183,7 @@ func (x *ProgressEvent) String() string {
 func (*ProgressEvent) ProtoMessage() {}
 
 func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3120,7 +3196,7 @@ func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressEvent.ProtoReflect.Descriptor instead.
 func (*ProgressEvent) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ProgressEvent) GetStep() string {
@@ -3218,15 +3294,21 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x13UploadSourceRequest\x125\n" +
 	"\x06header\x18\x01 \x01(\v2\x1b.kiln.agent.v1.UploadHeaderH\x00R\x06header\x12\x14\n" +
 	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
-	"\x04part\"R\n" +
+	"\x04part\"\x81\x01\n" +
 	"\fUploadHeader\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x12\n" +
-	"\x04size\x18\x03 \x01(\x03R\x04size\"i\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12-\n" +
+	"\x04part\x18\x04 \x01(\v2\x19.kiln.agent.v1.UploadPartR\x04part\"?\n" +
+	"\n" +
+	"UploadPart\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\tR\abuildId\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x03R\x06offset\"\x85\x01\n" +
 	"\x14UploadSourceResponse\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x129\n" +
 	"\n" +
-	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"T\n" +
+	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x1a\n" +
+	"\breceived\x18\x03 \x01(\x03R\breceived\"T\n" +
 	"\fProbeRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12,\n" +
 	"\x04spec\x18\x02 \x01(\v2\x18.kiln.agent.v1.BuildSpecR\x04spec\"\xc8\x02\n" +
@@ -3450,7 +3532,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(BuildState)(0),               // 0: kiln.agent.v1.BuildState
 	(FailureReason)(0),            // 1: kiln.agent.v1.FailureReason
@@ -3467,118 +3549,120 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*ListBuildsResponse)(nil),    // 12: kiln.agent.v1.ListBuildsResponse
 	(*UploadSourceRequest)(nil),   // 13: kiln.agent.v1.UploadSourceRequest
 	(*UploadHeader)(nil),          // 14: kiln.agent.v1.UploadHeader
-	(*UploadSourceResponse)(nil),  // 15: kiln.agent.v1.UploadSourceResponse
-	(*ProbeRequest)(nil),          // 16: kiln.agent.v1.ProbeRequest
-	(*ProbeResponse)(nil),         // 17: kiln.agent.v1.ProbeResponse
-	(*GetInfoRequest)(nil),        // 18: kiln.agent.v1.GetInfoRequest
-	(*GetInfoResponse)(nil),       // 19: kiln.agent.v1.GetInfoResponse
-	(*SandboxInfo)(nil),           // 20: kiln.agent.v1.SandboxInfo
-	(*NodeRuntime)(nil),           // 21: kiln.agent.v1.NodeRuntime
-	(*DiskUsageRequest)(nil),      // 22: kiln.agent.v1.DiskUsageRequest
-	(*DiskUsageResponse)(nil),     // 23: kiln.agent.v1.DiskUsageResponse
-	(*CacheUsage)(nil),            // 24: kiln.agent.v1.CacheUsage
-	(*PruneRequest)(nil),          // 25: kiln.agent.v1.PruneRequest
-	(*PruneResponse)(nil),         // 26: kiln.agent.v1.PruneResponse
-	(*Build)(nil),                 // 27: kiln.agent.v1.Build
-	(*BuildResult)(nil),           // 28: kiln.agent.v1.BuildResult
-	(*Failure)(nil),               // 29: kiln.agent.v1.Failure
-	(*SourceLocation)(nil),        // 30: kiln.agent.v1.SourceLocation
-	(*StepResult)(nil),            // 31: kiln.agent.v1.StepResult
-	(*StepNetwork)(nil),           // 32: kiln.agent.v1.StepNetwork
-	(*StepContact)(nil),           // 33: kiln.agent.v1.StepContact
-	(*StepUsage)(nil),             // 34: kiln.agent.v1.StepUsage
-	(*Event)(nil),                 // 35: kiln.agent.v1.Event
-	(*StatusEvent)(nil),           // 36: kiln.agent.v1.StatusEvent
-	(*StepEvent)(nil),             // 37: kiln.agent.v1.StepEvent
-	(*LogEvent)(nil),              // 38: kiln.agent.v1.LogEvent
-	(*WarningEvent)(nil),          // 39: kiln.agent.v1.WarningEvent
-	(*ProgressEvent)(nil),         // 40: kiln.agent.v1.ProgressEvent
-	nil,                           // 41: kiln.agent.v1.ListBuildsRequest.LabelsEntry
-	(*BuildSpec)(nil),             // 42: kiln.agent.v1.BuildSpec
-	(*Credentials)(nil),           // 43: kiln.agent.v1.Credentials
-	(*timestamppb.Timestamp)(nil), // 44: google.protobuf.Timestamp
-	(SandboxClass)(0),             // 45: kiln.agent.v1.SandboxClass
-	(*durationpb.Duration)(nil),   // 46: google.protobuf.Duration
+	(*UploadPart)(nil),            // 15: kiln.agent.v1.UploadPart
+	(*UploadSourceResponse)(nil),  // 16: kiln.agent.v1.UploadSourceResponse
+	(*ProbeRequest)(nil),          // 17: kiln.agent.v1.ProbeRequest
+	(*ProbeResponse)(nil),         // 18: kiln.agent.v1.ProbeResponse
+	(*GetInfoRequest)(nil),        // 19: kiln.agent.v1.GetInfoRequest
+	(*GetInfoResponse)(nil),       // 20: kiln.agent.v1.GetInfoResponse
+	(*SandboxInfo)(nil),           // 21: kiln.agent.v1.SandboxInfo
+	(*NodeRuntime)(nil),           // 22: kiln.agent.v1.NodeRuntime
+	(*DiskUsageRequest)(nil),      // 23: kiln.agent.v1.DiskUsageRequest
+	(*DiskUsageResponse)(nil),     // 24: kiln.agent.v1.DiskUsageResponse
+	(*CacheUsage)(nil),            // 25: kiln.agent.v1.CacheUsage
+	(*PruneRequest)(nil),          // 26: kiln.agent.v1.PruneRequest
+	(*PruneResponse)(nil),         // 27: kiln.agent.v1.PruneResponse
+	(*Build)(nil),                 // 28: kiln.agent.v1.Build
+	(*BuildResult)(nil),           // 29: kiln.agent.v1.BuildResult
+	(*Failure)(nil),               // 30: kiln.agent.v1.Failure
+	(*SourceLocation)(nil),        // 31: kiln.agent.v1.SourceLocation
+	(*StepResult)(nil),            // 32: kiln.agent.v1.StepResult
+	(*StepNetwork)(nil),           // 33: kiln.agent.v1.StepNetwork
+	(*StepContact)(nil),           // 34: kiln.agent.v1.StepContact
+	(*StepUsage)(nil),             // 35: kiln.agent.v1.StepUsage
+	(*Event)(nil),                 // 36: kiln.agent.v1.Event
+	(*StatusEvent)(nil),           // 37: kiln.agent.v1.StatusEvent
+	(*StepEvent)(nil),             // 38: kiln.agent.v1.StepEvent
+	(*LogEvent)(nil),              // 39: kiln.agent.v1.LogEvent
+	(*WarningEvent)(nil),          // 40: kiln.agent.v1.WarningEvent
+	(*ProgressEvent)(nil),         // 41: kiln.agent.v1.ProgressEvent
+	nil,                           // 42: kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	(*BuildSpec)(nil),             // 43: kiln.agent.v1.BuildSpec
+	(*Credentials)(nil),           // 44: kiln.agent.v1.Credentials
+	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
+	(SandboxClass)(0),             // 46: kiln.agent.v1.SandboxClass
+	(*durationpb.Duration)(nil),   // 47: google.protobuf.Duration
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
-	42, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	43, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
-	27, // 2: kiln.agent.v1.StartBuildResponse.build:type_name -> kiln.agent.v1.Build
-	35, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
-	27, // 4: kiln.agent.v1.CancelBuildResponse.build:type_name -> kiln.agent.v1.Build
-	27, // 5: kiln.agent.v1.GetBuildResponse.build:type_name -> kiln.agent.v1.Build
+	43, // 0: kiln.agent.v1.StartBuildRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	44, // 1: kiln.agent.v1.StartBuildRequest.credentials:type_name -> kiln.agent.v1.Credentials
+	28, // 2: kiln.agent.v1.StartBuildResponse.build:type_name -> kiln.agent.v1.Build
+	36, // 3: kiln.agent.v1.WatchBuildResponse.event:type_name -> kiln.agent.v1.Event
+	28, // 4: kiln.agent.v1.CancelBuildResponse.build:type_name -> kiln.agent.v1.Build
+	28, // 5: kiln.agent.v1.GetBuildResponse.build:type_name -> kiln.agent.v1.Build
 	0,  // 6: kiln.agent.v1.ListBuildsRequest.states:type_name -> kiln.agent.v1.BuildState
-	41, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
-	27, // 8: kiln.agent.v1.ListBuildsResponse.builds:type_name -> kiln.agent.v1.Build
+	42, // 7: kiln.agent.v1.ListBuildsRequest.labels:type_name -> kiln.agent.v1.ListBuildsRequest.LabelsEntry
+	28, // 8: kiln.agent.v1.ListBuildsResponse.builds:type_name -> kiln.agent.v1.Build
 	14, // 9: kiln.agent.v1.UploadSourceRequest.header:type_name -> kiln.agent.v1.UploadHeader
-	44, // 10: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
-	42, // 11: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
-	44, // 12: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
-	20, // 13: kiln.agent.v1.GetInfoResponse.sandboxes:type_name -> kiln.agent.v1.SandboxInfo
-	21, // 14: kiln.agent.v1.GetInfoResponse.node_runtime:type_name -> kiln.agent.v1.NodeRuntime
-	44, // 15: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
-	45, // 16: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
-	24, // 17: kiln.agent.v1.DiskUsageResponse.caches:type_name -> kiln.agent.v1.CacheUsage
-	45, // 18: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
-	46, // 19: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
-	42, // 20: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
-	0,  // 21: kiln.agent.v1.Build.state:type_name -> kiln.agent.v1.BuildState
-	44, // 22: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
-	44, // 23: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
-	44, // 24: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
-	28, // 25: kiln.agent.v1.Build.result:type_name -> kiln.agent.v1.BuildResult
-	45, // 26: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
-	0,  // 27: kiln.agent.v1.BuildResult.state:type_name -> kiln.agent.v1.BuildState
-	29, // 28: kiln.agent.v1.BuildResult.failure:type_name -> kiln.agent.v1.Failure
-	31, // 29: kiln.agent.v1.BuildResult.steps:type_name -> kiln.agent.v1.StepResult
-	1,  // 30: kiln.agent.v1.Failure.reason:type_name -> kiln.agent.v1.FailureReason
-	30, // 31: kiln.agent.v1.Failure.location:type_name -> kiln.agent.v1.SourceLocation
-	44, // 32: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
-	44, // 33: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
-	34, // 34: kiln.agent.v1.StepResult.usage:type_name -> kiln.agent.v1.StepUsage
-	33, // 35: kiln.agent.v1.StepNetwork.reached:type_name -> kiln.agent.v1.StepContact
-	33, // 36: kiln.agent.v1.StepNetwork.refused:type_name -> kiln.agent.v1.StepContact
-	46, // 37: kiln.agent.v1.StepUsage.cpu:type_name -> google.protobuf.Duration
-	46, // 38: kiln.agent.v1.StepUsage.throttled:type_name -> google.protobuf.Duration
-	32, // 39: kiln.agent.v1.StepUsage.network:type_name -> kiln.agent.v1.StepNetwork
-	44, // 40: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	36, // 41: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
-	37, // 42: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
-	38, // 43: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
-	39, // 44: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
-	28, // 45: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
-	40, // 46: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
-	0,  // 47: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
-	31, // 48: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
-	2,  // 49: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
-	30, // 50: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
-	44, // 51: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
-	44, // 52: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
-	3,  // 53: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
-	5,  // 54: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
-	7,  // 55: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
-	9,  // 56: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
-	11, // 57: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
-	13, // 58: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
-	16, // 59: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
-	18, // 60: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
-	22, // 61: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
-	25, // 62: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
-	4,  // 63: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
-	6,  // 64: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
-	8,  // 65: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
-	10, // 66: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
-	12, // 67: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
-	15, // 68: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
-	17, // 69: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
-	19, // 70: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
-	23, // 71: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
-	26, // 72: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
-	63, // [63:73] is the sub-list for method output_type
-	53, // [53:63] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	15, // 10: kiln.agent.v1.UploadHeader.part:type_name -> kiln.agent.v1.UploadPart
+	45, // 11: kiln.agent.v1.UploadSourceResponse.expires_at:type_name -> google.protobuf.Timestamp
+	43, // 12: kiln.agent.v1.ProbeRequest.spec:type_name -> kiln.agent.v1.BuildSpec
+	45, // 13: kiln.agent.v1.ProbeResponse.last_built_at:type_name -> google.protobuf.Timestamp
+	21, // 14: kiln.agent.v1.GetInfoResponse.sandboxes:type_name -> kiln.agent.v1.SandboxInfo
+	22, // 15: kiln.agent.v1.GetInfoResponse.node_runtime:type_name -> kiln.agent.v1.NodeRuntime
+	45, // 16: kiln.agent.v1.GetInfoResponse.started_at:type_name -> google.protobuf.Timestamp
+	46, // 17: kiln.agent.v1.SandboxInfo.class:type_name -> kiln.agent.v1.SandboxClass
+	25, // 18: kiln.agent.v1.DiskUsageResponse.caches:type_name -> kiln.agent.v1.CacheUsage
+	46, // 19: kiln.agent.v1.CacheUsage.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	47, // 20: kiln.agent.v1.PruneRequest.keep_duration:type_name -> google.protobuf.Duration
+	43, // 21: kiln.agent.v1.Build.spec:type_name -> kiln.agent.v1.BuildSpec
+	0,  // 22: kiln.agent.v1.Build.state:type_name -> kiln.agent.v1.BuildState
+	45, // 23: kiln.agent.v1.Build.created_at:type_name -> google.protobuf.Timestamp
+	45, // 24: kiln.agent.v1.Build.started_at:type_name -> google.protobuf.Timestamp
+	45, // 25: kiln.agent.v1.Build.ended_at:type_name -> google.protobuf.Timestamp
+	29, // 26: kiln.agent.v1.Build.result:type_name -> kiln.agent.v1.BuildResult
+	46, // 27: kiln.agent.v1.Build.sandbox:type_name -> kiln.agent.v1.SandboxClass
+	0,  // 28: kiln.agent.v1.BuildResult.state:type_name -> kiln.agent.v1.BuildState
+	30, // 29: kiln.agent.v1.BuildResult.failure:type_name -> kiln.agent.v1.Failure
+	32, // 30: kiln.agent.v1.BuildResult.steps:type_name -> kiln.agent.v1.StepResult
+	1,  // 31: kiln.agent.v1.Failure.reason:type_name -> kiln.agent.v1.FailureReason
+	31, // 32: kiln.agent.v1.Failure.location:type_name -> kiln.agent.v1.SourceLocation
+	45, // 33: kiln.agent.v1.StepResult.started_at:type_name -> google.protobuf.Timestamp
+	45, // 34: kiln.agent.v1.StepResult.ended_at:type_name -> google.protobuf.Timestamp
+	35, // 35: kiln.agent.v1.StepResult.usage:type_name -> kiln.agent.v1.StepUsage
+	34, // 36: kiln.agent.v1.StepNetwork.reached:type_name -> kiln.agent.v1.StepContact
+	34, // 37: kiln.agent.v1.StepNetwork.refused:type_name -> kiln.agent.v1.StepContact
+	47, // 38: kiln.agent.v1.StepUsage.cpu:type_name -> google.protobuf.Duration
+	47, // 39: kiln.agent.v1.StepUsage.throttled:type_name -> google.protobuf.Duration
+	33, // 40: kiln.agent.v1.StepUsage.network:type_name -> kiln.agent.v1.StepNetwork
+	45, // 41: kiln.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	37, // 42: kiln.agent.v1.Event.status:type_name -> kiln.agent.v1.StatusEvent
+	38, // 43: kiln.agent.v1.Event.step:type_name -> kiln.agent.v1.StepEvent
+	39, // 44: kiln.agent.v1.Event.log:type_name -> kiln.agent.v1.LogEvent
+	40, // 45: kiln.agent.v1.Event.warning:type_name -> kiln.agent.v1.WarningEvent
+	29, // 46: kiln.agent.v1.Event.result:type_name -> kiln.agent.v1.BuildResult
+	41, // 47: kiln.agent.v1.Event.progress:type_name -> kiln.agent.v1.ProgressEvent
+	0,  // 48: kiln.agent.v1.StatusEvent.state:type_name -> kiln.agent.v1.BuildState
+	32, // 49: kiln.agent.v1.StepEvent.step:type_name -> kiln.agent.v1.StepResult
+	2,  // 50: kiln.agent.v1.LogEvent.stream:type_name -> kiln.agent.v1.LogStream
+	31, // 51: kiln.agent.v1.WarningEvent.location:type_name -> kiln.agent.v1.SourceLocation
+	45, // 52: kiln.agent.v1.ProgressEvent.started_at:type_name -> google.protobuf.Timestamp
+	45, // 53: kiln.agent.v1.ProgressEvent.completed_at:type_name -> google.protobuf.Timestamp
+	3,  // 54: kiln.agent.v1.BuildService.StartBuild:input_type -> kiln.agent.v1.StartBuildRequest
+	5,  // 55: kiln.agent.v1.BuildService.WatchBuild:input_type -> kiln.agent.v1.WatchBuildRequest
+	7,  // 56: kiln.agent.v1.BuildService.CancelBuild:input_type -> kiln.agent.v1.CancelBuildRequest
+	9,  // 57: kiln.agent.v1.BuildService.GetBuild:input_type -> kiln.agent.v1.GetBuildRequest
+	11, // 58: kiln.agent.v1.BuildService.ListBuilds:input_type -> kiln.agent.v1.ListBuildsRequest
+	13, // 59: kiln.agent.v1.BuildService.UploadSource:input_type -> kiln.agent.v1.UploadSourceRequest
+	17, // 60: kiln.agent.v1.BuildService.Probe:input_type -> kiln.agent.v1.ProbeRequest
+	19, // 61: kiln.agent.v1.BuildService.GetInfo:input_type -> kiln.agent.v1.GetInfoRequest
+	23, // 62: kiln.agent.v1.BuildService.DiskUsage:input_type -> kiln.agent.v1.DiskUsageRequest
+	26, // 63: kiln.agent.v1.BuildService.Prune:input_type -> kiln.agent.v1.PruneRequest
+	4,  // 64: kiln.agent.v1.BuildService.StartBuild:output_type -> kiln.agent.v1.StartBuildResponse
+	6,  // 65: kiln.agent.v1.BuildService.WatchBuild:output_type -> kiln.agent.v1.WatchBuildResponse
+	8,  // 66: kiln.agent.v1.BuildService.CancelBuild:output_type -> kiln.agent.v1.CancelBuildResponse
+	10, // 67: kiln.agent.v1.BuildService.GetBuild:output_type -> kiln.agent.v1.GetBuildResponse
+	12, // 68: kiln.agent.v1.BuildService.ListBuilds:output_type -> kiln.agent.v1.ListBuildsResponse
+	16, // 69: kiln.agent.v1.BuildService.UploadSource:output_type -> kiln.agent.v1.UploadSourceResponse
+	18, // 70: kiln.agent.v1.BuildService.Probe:output_type -> kiln.agent.v1.ProbeResponse
+	20, // 71: kiln.agent.v1.BuildService.GetInfo:output_type -> kiln.agent.v1.GetInfoResponse
+	24, // 72: kiln.agent.v1.BuildService.DiskUsage:output_type -> kiln.agent.v1.DiskUsageResponse
+	27, // 73: kiln.agent.v1.BuildService.Prune:output_type -> kiln.agent.v1.PruneResponse
+	64, // [64:74] is the sub-list for method output_type
+	54, // [54:64] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3591,7 +3675,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*UploadSourceRequest_Header)(nil),
 		(*UploadSourceRequest_Data)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[32].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[33].OneofWrappers = []any{
 		(*Event_Status)(nil),
 		(*Event_Step)(nil),
 		(*Event_Log)(nil),
@@ -3605,7 +3689,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   39,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -13,6 +13,10 @@ var GroupVersion = schema.GroupVersion{Group: "kiln.build", Version: "v1alpha1"}
 // upload; its version is that of this package.
 const SubresourcesGroup = "subresources.kiln.build"
 
+// UploadOffsetHeader is the header of an answer to a part of an upload: how many bytes have
+// arrived, which is where the next part begins.
+const UploadOffsetHeader = "Upload-Offset"
+
 // AddToScheme registers the types of this package.
 func AddToScheme(s *runtime.Scheme) error {
 	s.AddKnownTypes(GroupVersion, &Build{}, &BuildList{}, &SandboxPolicy{}, &SandboxPolicyList{})

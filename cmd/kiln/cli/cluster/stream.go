@@ -3,77 +3,18 @@ package cluster
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protojson"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 	buildv1 "github.com/kiln-build/kiln/api/build/v1alpha1"
 )
 
 func asError[T any](err error, target *T) bool { return errors.As(err, target) }
-
-// Upload sends the archive that the build's source names, which has size bytes. It
-// can be sent again after an error.
-func (c *Client) Upload(ctx context.Context, name string, archive io.ReaderAt, size int64) error {
-	url := c.streams.Put().Namespace(c.namespace).Resource(buildsResource).Name(name).SubResource("upload").URL().String()
-	for failures := 0; ; failures++ {
-		err := c.put(ctx, url, io.NewSectionReader(archive, 0, size), size)
-		if err == nil {
-			return nil
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if !transient(err) || failures == maxFailures {
-			return fmt.Errorf("upload source of build %s: %w", name, err)
-		}
-		if err := sleep(ctx, pollInterval); err != nil {
-			return err
-		}
-	}
-}
-
-// maxAnswer bounds the answer to an upload, in bytes.
-const maxAnswer = 64 << 10
-
-// put sends body with its length, which client-go's own requests do not say.
-func (c *Client) put(ctx context.Context, url string, body io.Reader, size int64) error {
-	// The transport closes a body that can be closed; the archive is used again.
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, url, io.NopCloser(body))
-	if err != nil {
-		return err
-	}
-	req.ContentLength = size
-	req.Header.Set("Content-Type", "application/octet-stream")
-	req.Header.Set("Accept", "application/json")
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode < http.StatusMultipleChoices {
-		return nil
-	}
-	answer := metav1.Status{}
-	if json.Unmarshal(data, &answer) != nil || answer.Message == "" {
-		return apierrors.NewGenericServerResponse(resp.StatusCode, "put", schema.GroupResource{Group: buildv1.SubresourcesGroup, Resource: buildsResource}, "", string(data), 0, true)
-	}
-	answer.Code = int32(resp.StatusCode)
-	return &apierrors.StatusError{ErrStatus: answer}
-}
 
 // maxEvent bounds a line of the event stream, in bytes. The result of a build with
 // very many steps is the largest.

@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -143,29 +142,6 @@ func TestEventsEnd(t *testing.T) {
 			require.ErrorContains(t, err, c.want)
 		})
 	}
-}
-
-func TestUploadIsSentAgain(t *testing.T) {
-	var calls atomic.Int32
-	var got bytes.Buffer
-	c := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != logs+"/upload" || r.Method != http.MethodPut {
-			t.Errorf("unexpected %s %s", r.Method, r.URL)
-		}
-		if calls.Add(1) == 1 {
-			refuse(w, http.StatusServiceUnavailable)
-			return
-		}
-		if r.ContentLength != 7 {
-			t.Errorf("length %d", r.ContentLength)
-		}
-		_, _ = io.Copy(&got, r.Body)
-		answer(w, 200, metav1.Status{Status: "Success"})
-	}))
-	require.NoError(t, c.Upload(context.Background(), "b", strings.NewReader("archive"), 7))
-	require.Equal(t, "archive", got.String())
-	c = serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { refuse(w, http.StatusForbidden) }))
-	require.ErrorContains(t, c.Upload(context.Background(), "b", strings.NewReader("archive"), 7), "upload source of build b")
 }
 
 func TestCancelSetsTheState(t *testing.T) {
