@@ -70,6 +70,7 @@ type uploading struct {
 // run sends parts until the server has everything.
 func (u *uploading) run(ctx context.Context) error {
 	var offset, part int64 = 0, firstPart
+	var took time.Duration // the last part, also one that failed
 	pause, progress := newPause(), time.Now()
 	for ask := false; ; {
 		n := min(part, u.size-offset)
@@ -78,6 +79,9 @@ func (u *uploading) run(ctx context.Context) error {
 		}
 		began := time.Now()
 		next, done, err := u.put(ctx, offset, n)
+		if n > 0 {
+			took = time.Since(began)
+		}
 		switch {
 		case done:
 			return nil
@@ -86,21 +90,21 @@ func (u *uploading) run(ctx context.Context) error {
 		case err != nil && !transient(err):
 			return err
 		case err == nil && next > offset:
-			if n > 0 {
-				part = fit(n, time.Since(began))
+			fitting := fit(part, next-offset, took)
+			if ask {
+				fitting = min(fitting, part) // the part was cut off
 			}
+			part = fitting
 			pause, progress = newPause(), time.Now()
 		case err == nil && ask && next < u.size:
-			// It tells where to go on.
+			// It tells where to go on, and that nothing of the last part has arrived.
+			part = max(part/4, minPart)
 		default:
 			if err == nil {
 				err = fmt.Errorf("the server does not go on after byte %d", next)
 			}
 			if time.Since(progress) > u.patience {
 				return fmt.Errorf("for %s nothing has arrived after byte %d of %d: %w", u.patience, offset, u.size, err)
-			}
-			if n > 0 {
-				part = max(part/4, minPart)
 			}
 			if err := sleep(ctx, pause.Step()); err != nil {
 				return err
@@ -119,10 +123,10 @@ func newPause() *wait.Backoff {
 	return &wait.Backoff{Duration: pollInterval, Factor: 2, Jitter: 0.2, Steps: 10, Cap: 10 * time.Second}
 }
 
-// fit returns the size of the part after one of n bytes.
-func fit(n int64, took time.Duration) int64 {
+// fit returns the size of the next part when n bytes of the last took so long.
+func fit(part, n int64, took time.Duration) int64 {
 	ideal := int64(float64(n) * float64(partGoal) / float64(max(took, time.Millisecond)))
-	return min(max(ideal, n/4, minPart), 4*n, maxPart)
+	return min(max(ideal, part/4, minPart), 4*part, maxPart)
 }
 
 // put sends n bytes from an offset, or asks how many have arrived when n is 0, and

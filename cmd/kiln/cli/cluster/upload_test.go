@@ -242,17 +242,18 @@ func TestUploadHasPatience(t *testing.T) {
 
 func TestPartsFitTheLine(t *testing.T) {
 	for _, c := range []struct {
-		n    int64
-		took time.Duration
-		want int64
+		part, n int64
+		took    time.Duration
+		want    int64
 	}{
-		{4 << 20, 4 * time.Second, 4 << 20},
-		{4 << 20, 8 * time.Second, 2 << 20},
-		{4 << 20, time.Minute, 1 << 20},        // not at once
-		{4 << 20, time.Millisecond, 16 << 20},  // nor up
-		{64 << 20, time.Millisecond, 64 << 20}, // as large as may be
-		{64 << 10, time.Minute, 64 << 10},      // as small
+		{4 << 20, 4 << 20, 4 * time.Second, 4 << 20},
+		{4 << 20, 4 << 20, 8 * time.Second, 2 << 20},
+		{4 << 20, 1 << 20, 2 * time.Second, 2 << 20},     // it was cut off, or the last
+		{4 << 20, 4 << 20, time.Minute, 1 << 20},         // not at once
+		{4 << 20, 4 << 20, time.Millisecond, 16 << 20},   // nor up
+		{64 << 20, 64 << 20, time.Millisecond, 64 << 20}, // as large as may be
+		{64 << 10, 64 << 10, time.Minute, 64 << 10},      // as small
 	} {
-		require.Equal(t, c.want, fit(c.n, c.took), "%d bytes in %s", c.n, c.took)
+		require.Equal(t, c.want, fit(c.part, c.n, c.took), "%d bytes of %d in %s", c.n, c.part, c.took)
 	}
 }
