@@ -314,7 +314,8 @@ type Uploads struct {
 	MaxTotalBytes Size `json:"maxTotalBytes"`
 	// MaxCount is how many of one tenant are kept.
 	MaxCount int `json:"maxCount"`
-	// TTL is how long one is kept that no build names; at most 1h.
+	// TTL is how long one is kept that no build names, or parts of one that no other
+	// follows; at most 1h.
 	TTL Duration `json:"ttl"`
 }
 

@@ -8,7 +8,7 @@
 // client certificate of the front-proxy CA with an allowed name. Who the user is and
 // what it may do (get builds/log, update builds/upload) the API server has decided then. It
 // holds no state: every replica serves, and a client that was cut off goes on elsewhere
-// from the offset that it has seen.
+// from the offset that it has seen, or that the agent tells.
 package subresources
 
 import (

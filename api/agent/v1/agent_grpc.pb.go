@@ -77,11 +77,11 @@ type BuildServiceClient interface {
 	// kept for an hour at most, or until the build that names it has ended.
 	// DATA_LOSS: what arrived does not have the digest. RESOURCE_EXHAUSTED: too large.
 	//
-	// A header with part sends a part of the archive: each call one, so that none takes
+	// With part in its header a call sends a part of the archive, so that none need take
 	// long. What arrives is kept, also of a call that is cut off, and the next call goes
-	// on where it ended. Parts of a build that it does not finish go when nothing of them
-	// has arrived for as long as an archive is kept, with CancelBuild of that ID, and with
-	// the agent. ABORTED: a later call sends this archive.
+	// on where that ended. Parts are removed when no other has come for as long as an
+	// archive is kept, with CancelBuild and StartBuild of their build, and when the agent
+	// ends. ABORTED: a later call sends this archive.
 	UploadSource(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadSourceRequest, UploadSourceResponse], error)
 	// Probe says whether this node can run a spec, how much of the work is here
 	// already, and how long it would wait. It changes nothing.
@@ -245,11 +245,11 @@ type BuildServiceServer interface {
 	// kept for an hour at most, or until the build that names it has ended.
 	// DATA_LOSS: what arrived does not have the digest. RESOURCE_EXHAUSTED: too large.
 	//
-	// A header with part sends a part of the archive: each call one, so that none takes
+	// With part in its header a call sends a part of the archive, so that none need take
 	// long. What arrives is kept, also of a call that is cut off, and the next call goes
-	// on where it ended. Parts of a build that it does not finish go when nothing of them
-	// has arrived for as long as an archive is kept, with CancelBuild of that ID, and with
-	// the agent. ABORTED: a later call sends this archive.
+	// on where that ended. Parts are removed when no other has come for as long as an
+	// archive is kept, with CancelBuild and StartBuild of their build, and when the agent
+	// ends. ABORTED: a later call sends this archive.
 	UploadSource(grpc.ClientStreamingServer[UploadSourceRequest, UploadSourceResponse]) error
 	// Probe says whether this node can run a spec, how much of the work is here
 	// already, and how long it would wait. It changes nothing.
