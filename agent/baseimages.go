@@ -3,7 +3,6 @@ package agent
 import (
 	"bytes"
 	"cmp"
-	"maps"
 	"os"
 	"path"
 	"slices"
@@ -14,8 +13,13 @@ import (
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
 
-// maxBaseImages bounds how many images a node is asked about for one spec.
-const maxBaseImages = 32
+const (
+	// maxBaseImages bounds how many images a node is asked about for one spec.
+	maxBaseImages = 32
+	// maxName bounds a name and what it is made from, in bytes: arguments that name
+	// each other several times would grow without end.
+	maxName = 1024
+)
 
 // images are the names of the images that a spec is known to read: those in it, and
 // those that its Dockerfile begins stages with, when the text of that is in the spec.
@@ -63,8 +67,20 @@ func stageBases(text []byte, args map[string]string) []string {
 	}
 	var bases []string
 	values, stages := map[string]string{}, map[string]bool{"scratch": true}
-	maps.Copy(values, args)
-	value := func(name string) string { return values[name] }
+	for name, given := range args {
+		if len(given) <= maxName {
+			values[name] = given
+		}
+	}
+	expand := func(word string) string {
+		if len(word) > maxName {
+			return ""
+		}
+		if word = os.Expand(word, func(name string) string { return values[name] }); len(word) > maxName {
+			return ""
+		}
+		return word
+	}
 	for _, n := range file.AST.Children {
 		switch strings.ToLower(n.Value) {
 		case "arg":
@@ -74,14 +90,14 @@ func stageBases(text []byte, args map[string]string) []string {
 			for a := n.Next; a != nil; a = a.Next {
 				name, byDefault, _ := strings.Cut(a.Value, "=")
 				if _, given := values[name]; !given {
-					values[name] = os.Expand(strings.Trim(byDefault, `"'`), value)
+					values[name] = expand(strings.Trim(byDefault, `"'`))
 				}
 			}
 		case "from":
 			if n.Next == nil {
 				continue
 			}
-			if name := os.Expand(n.Next.Value, value); !stages[strings.ToLower(name)] {
+			if name := expand(n.Next.Value); name != "" && !stages[strings.ToLower(name)] {
 				bases = append(bases, name)
 			}
 			if as := n.Next.Next; as != nil && as.Next != nil {

@@ -26,6 +26,10 @@ func TestImagesOfSpec(t *testing.T) {
 	for i := range 2 * maxBaseImages {
 		fmt.Fprintf(&many, "FROM image-%d\n", i)
 	}
+	growing := "ARG A0=aaaaaaaa\n"
+	for i := range 60 {
+		growing += fmt.Sprintf("ARG A%d=$A%d$A%d\n", i+1, i, i)
+	}
 	for name, tt := range map[string]struct {
 		spec *agentv1.BuildSpec
 		want []string
@@ -33,6 +37,7 @@ func TestImagesOfSpec(t *testing.T) {
 		"one stage":              {dockerfile("FROM debian:12\nRUN x\n", nil), []string{"debian:12"}},
 		"stages":                 {dockerfile("FROM --platform=linux/amd64 golang AS Build\nFROM build\nFROM scratch\nFROM alpine as x\nFROM golang", nil), []string{"golang", "alpine"}},
 		"arguments":              {dockerfile("ARG V=1 NAME=\"go\"\nARG FULL=${NAME}:$V\nFROM $FULL AS a\nARG V=3\nFROM x:$V", map[string]string{"V": "2"}), []string{"go:2", "x:2"}},
+		"arguments that grow":    {dockerfile(growing+"FROM a$A60\nFROM $A60\nFROM b", nil), []string{"a", "b"}},
 		"a digest":               {dockerfile("FROM a@sha256:00", nil), []string{"a@sha256:00"}},
 		"a name that is empty":   {dockerfile("FROM ${NONE:-x}\nFROM b", nil), []string{"b"}},
 		"no Dockerfile":          {dockerfile("FROM\n", nil), nil},

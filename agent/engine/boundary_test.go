@@ -16,7 +16,7 @@ import (
 // Everything else is internal to a builder.
 var clientPackages = []string{
 	"api/", "client", "cmd/buildctl/build", "exporter/containerimage/exptypes", "frontend/dockerui", "frontend/gateway/client",
-	"frontend/gateway/errdefs", "frontend/gateway/pb", "frontend/dockerfile/dfgitutil", "frontend/dockerfile/parser", "frontend/subrequests", "identity", "session", "solver/errdefs", "solver/llbsolver/provenance/types", "solver/pb", "sourcepolicy/pb", "util/", "version",
+	"frontend/gateway/errdefs", "frontend/gateway/pb", "frontend/dockerfile/dfgitutil", "frontend/dockerfile/parser", "frontend/dockerfile/shell", "frontend/subrequests", "identity", "session", "solver/errdefs", "solver/llbsolver/provenance/types", "solver/pb", "sourcepolicy/pb", "util/", "version",
 }
 
 const module, buildkit = "github.com/kiln-build/kiln/", "github.com/moby/buildkit/"

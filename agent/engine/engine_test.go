@@ -134,6 +134,20 @@ func TestFailedStepTellsItsExitCode(t *testing.T) {
 	}
 }
 
+// TestDockerfileThatGrowsIsRefused has Dockerfiles that would take all memory of the process.
+func TestDockerfileThatGrowsIsRefused(t *testing.T) {
+	c := newTestEngine(t, sandbox.GVisor)
+	double := strings.Repeat("ENV A=$A$A\n", 60)
+	for _, tt := range []struct{ text, want string }{
+		{"FROM scratch\nENV A=x\n" + double, "Dockerfile line 6: the value of A"},
+		{"# syntax=docker/dockerfile:1\nFROM scratch\nARG A\n" + double, "Dockerfile line 7: the value of A"},
+		{"FROM scratch AS base\nENV A=$LONG\nONBUILD ENV B=$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A\nFROM base", "the value of B"},
+	} {
+		_, _, err := build(t, c, tt.text, nil, map[string]string{"build-arg:A": strings.Repeat("a", 100_000), "build-arg:LONG": strings.Repeat("a", 100_000)})
+		require.ErrorContains(t, err, tt.want)
+	}
+}
+
 func TestSyntaxLineOfDockerIsBuiltIn(t *testing.T) {
 	c := newTestEngine(t, sandbox.GVisor)
 	for _, syntax := range []string{"docker/dockerfile:1", "docker/dockerfile:1.99-labs", "docker.io/docker/dockerfile-upstream:master"} {

@@ -9,7 +9,6 @@ import (
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/frontend"
-	dockerfile "github.com/moby/buildkit/frontend/dockerfile/builder"
 	"github.com/moby/buildkit/frontend/gateway"
 	"github.com/moby/buildkit/frontend/gateway/forwarder"
 	"github.com/moby/buildkit/session"
@@ -57,7 +56,7 @@ func (p *frontendPolicy) frontends(infos worker.Infos, rules *stepPolicy, d Doma
 	if err != nil {
 		return nil, fmt.Errorf("make front end: %w", err)
 	}
-	builtin := forwarder.NewGatewayForwarder(infos, dockerfile.Build)
+	builtin := forwarder.NewGatewayForwarder(infos, buildDockerfile)
 	checked := func(f frontend.Frontend, name func(map[string]string) string) frontend.Frontend {
 		return &checkedFrontend{Frontend: f, name: name, policy: rules, domain: d}
 	}
