@@ -98,8 +98,9 @@ func (r *measured) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 	m.builds.WithLabelValues(state, result.GetFailure().GetReason().String(), class).Inc()
 	b := j.writer.Load().Build()
 	if b.GetStartedAt() != nil {
-		m.wait.Observe(b.GetStartedAt().AsTime().Sub(b.GetCreatedAt().AsTime()).Seconds())
-		m.duration.WithLabelValues(state, class).Observe(r.now().Sub(b.GetStartedAt().AsTime()).Seconds())
+		// A clock that went back makes no time negative: the sum of a histogram only grows.
+		m.wait.Observe(max(0, b.GetStartedAt().AsTime().Sub(b.GetCreatedAt().AsTime()).Seconds()))
+		m.duration.WithLabelValues(state, class).Observe(max(0, r.now().Sub(b.GetStartedAt().AsTime()).Seconds()))
 	}
 	for _, s := range result.GetSteps() {
 		m.steps.WithLabelValues(outcome(s)).Inc()

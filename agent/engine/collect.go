@@ -17,7 +17,8 @@ import (
 // Each engine keeps its own domain within the bounds; see keeper. What this file adds
 // is the bound of all domains together, also of those that no longer build.
 
-// collectInterval is the least time between two collections of all domains.
+// collectInterval is the least time between two collections of one domain, or of all,
+// unless the configuration says another.
 const collectInterval = time.Minute
 
 // collector runs Collect in the background, at most once at a time.
@@ -35,7 +36,7 @@ type collector struct {
 func (c *collector) start(n *Node) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stopped || c.running || time.Since(c.last) < collectInterval {
+	if c.stopped || c.running || time.Since(c.last) < cmp.Or(n.cfg.CollectInterval, collectInterval) {
 		return
 	}
 	var ctx context.Context

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,6 +39,8 @@ type keeper struct {
 	root string
 	// stamp is a file whose time is that of the last collection.
 	stamp string
+	// every is the least time between two collections.
+	every time.Duration
 	// after is called after a collection that builds gave rise to.
 	after func()
 	// wake says that a build has begun or ended.
@@ -74,13 +77,17 @@ var errBuildRuns = errors.New("a build runs")
 
 // newKeeper starts keeping the cache whose state is in dir. The caller closes it.
 // after is called when it has collected after builds; it must not block.
-func newKeeper(dir string, policy []client.PruneInfo, w worker.Worker, keys solver.CacheManager, after func()) *keeper {
+func newKeeper(dir string, policy []client.PruneInfo, every time.Duration, w worker.Worker, keys solver.CacheManager, after func()) *keeper {
 	k := &keeper{
-		policy: policy, worker: w, keys: keys, root: dir, stamp: filepath.Join(dir, "collected"),
+		policy: policy, worker: w, keys: keys, root: dir, stamp: filepath.Join(dir, "collected"), every: cmp.Or(every, collectInterval),
 		after: after, wake: make(chan struct{}, 1), pruning: make(chan struct{}, 1),
 	}
 	if st, err := os.Stat(k.stamp); err == nil {
-		k.last = st.ModTime()
+		// The clock may jump, and the time of this process does not. A stamp of the future
+		// says nothing: to believe it would be to let the disk fill until then.
+		if age := time.Since(st.ModTime()); age >= 0 {
+			k.last = time.Now().Add(-age)
+		}
 	}
 	var ctx context.Context
 	ctx, k.cancel = context.WithCancel(context.Background())
@@ -154,8 +161,8 @@ func (k *keeper) run(ctx context.Context) {
 			k.after()
 		}
 		if busy {
-			next = time.Now().Add(collectInterval)
-			timer.Reset(collectInterval)
+			next = time.Now().Add(k.every)
+			timer.Reset(k.every)
 		}
 	}
 }
@@ -174,7 +181,7 @@ func (k *keeper) wait() time.Duration {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return max(settleTime, collectInterval-time.Since(k.last))
+	return max(settleTime, k.every-time.Since(k.last))
 }
 
 // collect applies the policy, but while a build runs only when the cache is over its
@@ -187,7 +194,7 @@ func (k *keeper) collect(ctx context.Context) (busy bool, err error) {
 	// Most builds are over soon. Measuring the cache is work, and BuildKit races
 	// with itself when a build commits a snapshot meanwhile.
 	now := time.Now()
-	if k.busy.IsZero() || now.Sub(k.busy) < collectInterval {
+	if k.busy.IsZero() || now.Sub(k.busy) < k.every {
 		if k.busy.IsZero() {
 			k.busy = now
 		}
@@ -329,7 +336,7 @@ func (k *keeper) close() {
 func (k *keeper) settle(ctx context.Context) error {
 	k.close()
 	k.mu.Lock()
-	due := k.built && (time.Since(k.last) >= collectInterval)
+	due := k.built && (time.Since(k.last) >= k.every)
 	k.mu.Unlock()
 	if !due && !(k.built && k.diskFull()) {
 		return nil

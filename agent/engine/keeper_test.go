@@ -47,7 +47,7 @@ func keepSlowly(t *testing.T) (*keeper, *slowWorker) {
 	w := &slowWorker{}
 	w.takes.Store(int64(time.Minute))
 	keys := solver.NewCacheManager(context.Background(), "test", solver.NewInMemoryCacheStorage(), solver.NewInMemoryResultStorage())
-	return newKeeper(t.TempDir(), []client.PruneInfo{{}, {All: true, MaxUsedSpace: 100}}, w, keys, func() {}), w
+	return newKeeper(t.TempDir(), []client.PruneInfo{{}, {All: true, MaxUsedSpace: 100}}, 0, w, keys, func() {}), w
 }
 
 // TestBuildsAndCollectionsTakeTurns has builds begin before, during and after
@@ -130,7 +130,7 @@ func TestCollectionsAreAMinuteApartAlsoOfTwoProcesses(t *testing.T) {
 		require.EqualValues(t, 1, w.begun.Load())
 		require.NoError(t, k.collected())
 		k.close()
-		again := newKeeper(k.root, k.policy, w, k.keys, func() {})
+		again := newKeeper(k.root, k.policy, 0, w, k.keys, func() {})
 		defer again.close()
 		require.NoError(t, again.settle(context.Background()))
 		require.NoError(t, again.begin(context.Background()))
@@ -138,6 +138,24 @@ func TestCollectionsAreAMinuteApartAlsoOfTwoProcesses(t *testing.T) {
 		time.Sleep(collectInterval / 2)
 		require.NoError(t, again.settle(context.Background()))
 		require.EqualValues(t, 1, w.begun.Load())
+	})
+}
+
+// TestClockThatWentBackStopsNoCollection opens the state of a process that lived in
+// the future.
+func TestClockThatWentBackStopsNoCollection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, w := keepSlowly(t)
+		k.close()
+		w.takes.Store(0)
+		require.NoError(t, k.collected())
+		future := time.Now().Add(365 * 24 * time.Hour)
+		require.NoError(t, os.Chtimes(k.stamp, future, future))
+		begun := w.begun.Load()
+		again := newKeeper(k.root, k.policy, 0, w, k.keys, func() {})
+		defer again.close()
+		time.Sleep(2 * settleTime)
+		require.Equal(t, begun+1, w.begun.Load())
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/moby/buildkit/util/resolver"
@@ -36,6 +37,8 @@ type NodeConfig struct {
 	Lender nodestore.Node
 	// Space bounds what the caches of all domains occupy.
 	Space Space
+	// CollectInterval is the least time between two collections of a cache; 0: a minute.
+	CollectInterval time.Duration
 	// Limits returns the most that a step of a domain may use, whatever it asks for;
 	// nil, and zero fields: nothing is limited but processes, open files, logs and
 	// /dev/shm, by the Default constants. It is asked before each step and must not block.

@@ -105,7 +105,7 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	if err != nil {
 		return nil, nil, fmt.Errorf("assemble engine: %w", err)
 	}
-	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), steps, keys, func() { n.collector.start(n) }), nil
+	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), n.cfg.CollectInterval, steps, keys, func() { n.collector.start(n) }), nil
 }
 
 func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore, hosts docker.RegistryHosts) (*base.Worker, error) {

@@ -60,7 +60,8 @@ func (s *Store) admit(key Key, b *agentv1.Build, size int64) error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("look at events: %w", err)
 	}
-	s.index[key] = &entry{key: key, created: b.GetCreatedAt().AsTime(), ended: b.GetEndedAt().AsTime(), bytes: size}
+	ended := b.GetEndedAt().AsTime()
+	s.index[key] = &entry{key: key, created: b.GetCreatedAt().AsTime(), ended: ended, aged: s.agedAtOpen(ended), bytes: size}
 	s.bytes += size
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 	"google.golang.org/protobuf/proto"
@@ -19,6 +20,18 @@ const leastLog = 64 << 10
 // tenantShare is the part of all bytes, as a divisor, that the ended builds of one
 // tenant may occupy, so that none makes the agent forget those of all others.
 const tenantShare = 2
+
+// leastAge is how long a build that has ended is kept by every process that finds it,
+// however old it is: the clock may have jumped meanwhile, and whoever waits for its
+// result needs some time to ask.
+const leastAge = time.Hour
+
+// agedAtOpen returns from when the age of a build counts that an earlier process saw
+// end. A clock that went back makes it no younger than this process.
+func (s *Store) agedAtOpen(ended time.Time) time.Time {
+	most := s.limits.Age - min(s.limits.Age, leastAge)
+	return s.opened.Add(-min(max(s.opened.Sub(ended), 0), most))
+}
 
 // makeRoom removes ended builds until the output of w fits beside what is there,
 // and returns how many bytes it may take.
@@ -58,7 +71,7 @@ func (s *Store) ended(w *Writer) error {
 	defer s.mu.Unlock()
 	if e := s.index[w.key]; e != nil {
 		e.writer, e.reserve = nil, 0
-		e.ended = w.build.GetEndedAt().AsTime()
+		e.ended, e.aged = w.build.GetEndedAt().AsTime(), s.now()
 		e.bytes = w.events.extent().size + int64(proto.Size(w.build))
 		s.bytes += e.bytes
 	}
@@ -88,13 +101,13 @@ func (s *Store) sweep() error {
 		}
 	}
 	slices.SortFunc(ended, func(a, b *entry) int {
-		return cmp.Or(a.ended.Compare(b.ended), a.created.Compare(b.created), cmp.Compare(a.key.file(), b.key.file()))
+		return cmp.Or(a.aged.Compare(b.aged), a.ended.Compare(b.ended), a.created.Compare(b.created), cmp.Compare(a.key.file(), b.key.file()))
 	})
 	total, size, now := len(s.index), s.bytes+s.reserved(), s.now()
 	var gone []*entry
 	for _, e := range ended {
 		tenant := e.key.Tenant
-		if now.Sub(e.ended) <= s.limits.Age && total <= s.limits.Builds && size <= s.limits.Bytes &&
+		if now.Sub(e.aged) <= s.limits.Age && total <= s.limits.Builds && size <= s.limits.Bytes &&
 			perTenant[tenant] <= s.limits.BuildsPerTenant && bytesOf[tenant] <= s.limits.Bytes/tenantShare {
 			continue
 		}

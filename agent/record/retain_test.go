@@ -58,6 +58,37 @@ func TestOldestEndedBuildsGoFirst(t *testing.T) {
 	require.Len(t, events(t, s, "a", "b5", 0), 2)
 }
 
+// TestClockThatJumpsBetweenLives opens records of the far past and of the future: both
+// are there for some time, and the newest end of this life goes last.
+func TestClockThatJumpsBetweenLives(t *testing.T) {
+	for name, jump := range map[string]time.Duration{"ahead": 365 * 24 * time.Hour, "back": -365 * 24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			clk, dir := newClock(), t.TempDir()
+			opts := Options{Now: clk.now, Limits: Limits{BuildsPerTenant: 2, Age: 24 * time.Hour}}
+			s := open(t, dir, opts)
+			require.NoError(t, create(t, s, "a", "b0").Finish(succeeded()))
+			clk.advance(time.Minute)
+			require.NoError(t, create(t, s, "b", "b1").Finish(succeeded()))
+			require.NoError(t, create(t, s, "b", "b2").Finish(succeeded()))
+			require.NoError(t, s.Close())
+
+			clk.advance(jump)
+			s = open(t, dir, opts)
+			require.NoError(t, s.Sweep())
+			require.Len(t, events(t, s, "a", "b0", 0), 2)
+			clk.advance(leastAge - time.Minute)
+			require.NoError(t, s.Sweep())
+			require.Len(t, events(t, s, "a", "b0", 0), 2)
+			require.NoError(t, create(t, s, "b", "b3").Finish(succeeded()))
+			require.NoError(t, s.Sweep())
+			require.Len(t, events(t, s, "b", "b3", 0), 2, "what has just ended is not the oldest")
+			clk.advance(opts.Limits.Age + time.Minute)
+			require.NoError(t, s.Sweep())
+			require.Empty(t, kept(t, s))
+		})
+	}
+}
+
 func TestWatcherOfARemovedBuildReadsOn(t *testing.T) {
 	s := open(t, t.TempDir(), Options{Limits: Limits{Builds: 1}})
 	require.NoError(t, create(t, s, "a", "one").Finish(succeeded()))

@@ -87,6 +87,7 @@ type Store struct {
 	db     *bolt.DB
 	root   *os.Root // of the directory
 	events *os.Root // of the event files
+	opened time.Time
 
 	mu     sync.Mutex
 	index  map[Key]*entry // guarded by mu; every build
@@ -99,9 +100,12 @@ type entry struct {
 	key     Key
 	created time.Time
 	ended   time.Time // zero until then
-	bytes   int64     // of an ended build: record and events
-	reserve int64     // of a build that runs: what its output may take
-	writer  *Writer   // nil when the build has ended
+	// aged is from when the age of an ended build counts. It is a time of this
+	// process's own clock, which does not jump, as that of ended may.
+	aged    time.Time
+	bytes   int64   // of an ended build: record and events
+	reserve int64   // of a build that runs: what its output may take
+	writer  *Writer // nil when the build has ended
 }
 
 // Open opens the records in dir, which it makes when it is missing, and gives
@@ -112,6 +116,7 @@ func Open(dir string, opts Options) (_ *Store, err error) {
 	if s.now == nil {
 		s.now = time.Now
 	}
+	s.opened = s.now()
 	if s.log == nil {
 		s.log = slog.Default()
 	}

@@ -35,9 +35,10 @@ func (m *Metrics) ended(b *v1alpha1.Build) {
 	}
 	m.total.WithLabelValues(reason, s.Sandbox).Inc()
 	if s.StartTime != nil {
-		m.waiting.Observe(s.StartTime.Sub(b.CreationTimestamp.Time).Seconds())
+		// Clocks differ, and jump: a histogram takes no negative time.
+		m.waiting.Observe(max(0, s.StartTime.Sub(b.CreationTimestamp.Time).Seconds()))
 		if s.CompletionTime != nil {
-			m.duration.WithLabelValues(string(s.Phase)).Observe(s.CompletionTime.Sub(s.StartTime.Time).Seconds())
+			m.duration.WithLabelValues(string(s.Phase)).Observe(max(0, s.CompletionTime.Sub(s.StartTime.Time).Seconds()))
 		}
 	}
 }

@@ -104,7 +104,10 @@ func (x *run) finish(p *follow.Progress) {
 // unreachable decides what the silence of an agent means.
 func (x *run) unreachable(since time.Time, why string) {
 	s := &x.build.Status
-	if s.UnreachableSince == nil {
+	if now := x.Now().Round(0); s.UnreachableSince == nil || s.UnreachableSince.After(now) { // the clock went back
+		if since = since.Round(0); since.After(now) {
+			since = now
+		}
 		s.UnreachableSince = &metav1.Time{Time: since}
 	}
 	silent := x.Now().Sub(s.UnreachableSince.Time)

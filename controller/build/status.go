@@ -57,7 +57,7 @@ func (x *run) end(at time.Time, phase v1alpha1.Phase, status metav1.ConditionSta
 	s.Phase, s.QueuePosition, s.UnreachableSince = phase, 0, nil
 	s.CompletionTime = &metav1.Time{Time: at}
 	if s.StartTime != nil {
-		s.Duration = at.Sub(s.StartTime.Time).Round(100 * time.Millisecond).String()
+		s.Duration = max(0, at.Sub(s.StartTime.Time)).Round(100 * time.Millisecond).String()
 	}
 	x.setCondition(status, reason, message)
 }

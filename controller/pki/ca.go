@@ -63,31 +63,33 @@ func advance(data map[string][]byte, now time.Time) (map[string][]byte, bool, er
 		return nil, false, fmt.Errorf("read CA: %w", err)
 	}
 	changed := false
-	if len(data[keyNext]) > 0 {
+	waiting := len(data[keyNext]) > 0
+	if waiting {
 		next, err := parsePair(data[keyNext], data[keyNextK])
 		if err != nil {
 			return nil, false, fmt.Errorf("read next CA: %w", err)
 		}
-		if now.After(next.cert.NotBefore.Add(skew + overlap)) {
-			out[keyCert], out[keyKey] = data[keyNext], data[keyNextK]
-			delete(out, keyNext)
-			delete(out, keyNextK)
-			changed = true
+		// What the current one signed may be of no use already; then nobody waits.
+		if now.After(next.cert.NotBefore.Add(skew+overlap)) || !holds(current.cert, now) && holds(next.cert, now) {
+			out[keyCert], out[keyKey], current = data[keyNext], data[keyNextK], next
+			waiting, changed = false, true
 		}
-	} else if due(current.cert, now) {
+	}
+	if !holds(current.cert, now) || !waiting && due(current.cert, now) {
 		next, err := newCA(now)
 		if err != nil {
 			return nil, false, err
 		}
 		out[keyNext], out[keyNextK] = next.certPEM, next.keyPEM
 		out[keyBundle] = append(bytes.Clone(next.certPEM), out[keyBundle]...)
-		if now.After(current.cert.NotAfter) {
-			// Nothing that the old one signed is valid any more; there is nobody to wait for.
+		if waiting = holds(current.cert, now); !waiting {
 			out[keyCert], out[keyKey] = next.certPEM, next.keyPEM
-			delete(out, keyNext)
-			delete(out, keyNextK)
 		}
 		changed = true
+	}
+	if !waiting {
+		delete(out, keyNext)
+		delete(out, keyNextK)
 	}
 	bundle, pruned, err := prune(out[keyBundle], now)
 	if err != nil {
@@ -97,9 +99,15 @@ func advance(data map[string][]byte, now time.Time) (map[string][]byte, bool, er
 	return out, changed || pruned, nil
 }
 
-// due tells whether two thirds of a certificate's life are over.
+// holds tells whether a certificate is valid at a time. One that is not yet was made when
+// the clock was ahead.
+func holds(c *x509.Certificate, now time.Time) bool {
+	return !now.Before(c.NotBefore) && !now.After(c.NotAfter)
+}
+
+// due tells whether two thirds of a certificate's life are over, or it has not begun.
 func due(c *x509.Certificate, now time.Time) bool {
-	return now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) * 2 / 3))
+	return !holds(c, now) || now.After(c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore)*2/3))
 }
 
 // prune leaves out certificates that have ended.

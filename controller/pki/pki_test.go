@@ -120,6 +120,30 @@ func TestControllerThatSleptFindsItsWayBack(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// TestClockThatJumps has the clock go ahead, by which all is made anew, and back again,
+// where nothing of that is valid yet.
+func TestClockThatJumps(t *testing.T) {
+	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	for name, ahead := range map[string]time.Duration{"an hour": time.Hour, "a year": caLife, "until a new CA waits": caLife * 3 / 4, "three years": 3 * caLife} {
+		t.Run(name, func(t *testing.T) {
+			now := start
+			c := fake.NewClientBuilder().Build()
+			a := authority(c, &now)
+			for _, at := range []time.Time{start, start.Add(ahead), start, start.Add(time.Hour), start.Add(-ahead)} {
+				now = at
+				for range 2 { // the second finds nothing to do
+					require.NoError(t, a.Ensure(t.Context()))
+				}
+				cfg, err := a.ClientTLS()
+				require.NoError(t, err)
+				cfg.Time = func() time.Time { return now }
+				_, err = shake(peer(t, secretOf(t, c, names.AgentSecret), now), cfg)
+				require.NoError(t, err, "at %v", at)
+			}
+		})
+	}
+}
+
 func TestReplicasEndWithTheSameCA(t *testing.T) {
 	now := time.Now()
 	c := fake.NewClientBuilder().Build()

@@ -96,6 +96,7 @@ func newWorld(t *testing.T) *world {
 		allowed, err := egress.ParseExceptions([]string{allowedLoopback})
 		require.NoError(t, err)
 		c.Fetch = &egress.Policy{Exceptions: allowed}
+		c.CollectInterval = time.Hour // see neverCollect
 	})
 	w.Node.Warm(sandbox.Classes...)
 	w.Agent = agenttest.Serve(t, agenttest.New(t, nodeengine.New(w.Node), func(c *agent.Config) { c.Root = w.Root }))
@@ -112,8 +113,6 @@ func (w *world) neverCollect(t *testing.T) {
 			require.NoError(t, os.MkdirAll(dir, 0o700))
 			stamp := filepath.Join(dir, "collected")
 			require.NoError(t, os.WriteFile(stamp, nil, 0o600))
-			later := time.Now().Add(time.Hour)
-			require.NoError(t, os.Chtimes(stamp, later, later))
 		}
 	}
 }

@@ -137,10 +137,10 @@ func writeBuilds(w io.Writer, list []listed, all bool, now time.Time) error {
 			if l.Ended != nil {
 				end = *l.Ended
 			}
-			duration = end.Sub(*l.Started).Round(100 * time.Millisecond).String()
+			duration = max(0, end.Sub(*l.Started)).Round(100 * time.Millisecond).String()
 		}
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Name, l.State, l.Node, l.Sandbox, duration,
-			units.HumanDuration(now.Sub(l.Created)), printable(l.Image))
+			units.HumanDuration(max(0, now.Sub(l.Created))), printable(l.Image))
 	}
 	return tw.Flush()
 }
