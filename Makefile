@@ -80,7 +80,7 @@ test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) build $(RACE) ./...
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -p 1 -timeout 20m ./...
 
-security-results: build ## Attack kiln, and write docs/security-results.md
+security-results: build $(CONTAINERD) ## Attack kiln, and write docs/security-results.md
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 20m ./test/escape -write
 
 lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API and generated code

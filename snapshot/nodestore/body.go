@@ -23,11 +23,14 @@ type body struct {
 	verifier digest.Verifier
 	blob     digest.Digest
 	corrupt  func()
-	close    func() error
+	// broken is told why the runtime gave no more, and returns what the reader is told.
+	broken func(error) error
+	close  func() error
 }
 
-func newBody(reader content.ReaderAt, blob digest.Digest, size int64, release func() error, corrupt func()) *body {
+func newBody(reader content.ReaderAt, blob digest.Digest, size int64, release func() error, corrupt func(), broken func(error) error) *body {
 	return &body{
+		broken:   broken,
 		reader:   bufio.NewReaderSize(io.NewSectionReader(reader, 0, size), readAhead),
 		verifier: blob.Verifier(),
 		blob:     blob,
@@ -44,6 +47,9 @@ func (b *body) Read(p []byte) (int, error) {
 	if err == io.EOF && !b.verifier.Verified() {
 		b.corrupt()
 		return n, fmt.Errorf("read blob %s from the node's runtime: its bytes are wrong there; a further try fetches it from the registry: %w", b.blob, errdefs.ErrDataLoss)
+	}
+	if err != nil && err != io.EOF {
+		err = b.broken(fmt.Errorf("read blob %s from the node's runtime: %w", b.blob, err))
 	}
 	return n, err
 }

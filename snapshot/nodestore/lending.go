@@ -177,9 +177,22 @@ func (t *transport) lend(req *http.Request, repo reference.Named, blob digest.Di
 			"Docker-Content-Digest": {blob.String()},
 		},
 		ContentLength: size,
-		Body:          newBody(reader, blob, size, release, func() { t.markCorrupt(blob) }),
+		Body:          newBody(reader, blob, size, release, func() { t.markCorrupt(blob) }, t.broken(req, repo, blob)),
 		Request:       req,
 	}, nil
+}
+
+// broken returns what a reader is told when the runtime ends in the middle of a blob: the
+// same as when a registry does, after which a pull asks for the rest. Parts of blobs are
+// never lent, so that comes from the registry.
+func (t *transport) broken(req *http.Request, repo reference.Named, blob digest.Digest) func(error) error {
+	return func(err error) error {
+		if req.Context().Err() != nil {
+			return err
+		}
+		t.report(Loan{Repository: repo.Name(), Blob: blob, Err: err})
+		return io.ErrUnexpectedEOF
+	}
 }
 
 // authorise asks the registry whether it would have answered req, with the

@@ -330,6 +330,31 @@ func TestPartsOfBlobsComeFromTheRegistry(t *testing.T) {
 	require.Zero(t, lent)
 }
 
+// TestRuntimeThatEndsInTheMiddleOfABlob has the rest come from the registry, whether it
+// can send parts or not.
+func TestRuntimeThatEndsInTheMiddleOfABlob(t *testing.T) {
+	for _, parts := range []bool{true, false} {
+		r, node := newRegistry(t), newMemory()
+		text := strings.Repeat("layer ", 1<<19)
+		layer := r.add(text)
+		repo := r.host() + "/r"
+		r.answer = func(_ http.ResponseWriter, req *http.Request) bool {
+			if !parts {
+				req.Header.Del("Range")
+			}
+			return false
+		}
+		node.add(repo, layer.Digest, []byte(text))
+		node.ends = readAhead + 100
+		got, err := newPuller(t, node).fetch(repo, layer)
+		require.NoError(t, err)
+		require.True(t, text == got)
+		lent, holding := node.counts()
+		require.Equal(t, 1, lent)
+		require.Zero(t, holding)
+	}
+}
+
 func TestHoldIsReleasedWhenThePullStops(t *testing.T) {
 	r, node := newRegistry(t), newMemory()
 	layer := r.add(strings.Repeat("layer ", 1<<19))

@@ -3,6 +3,7 @@ package nodestore
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -20,6 +21,8 @@ type memory struct {
 	blobs map[string]map[digest.Digest][]byte
 	// down makes every call fail.
 	down error
+	// ends, if it is not 0, is after how many bytes of a blob reading fails.
+	ends int64
 
 	mu            sync.Mutex
 	lent, holding int
@@ -102,7 +105,7 @@ func (h *memoryHold) ReaderAt(_ context.Context, desc ocispecs.Descriptor) (cont
 	h.node.mu.Lock()
 	defer h.node.mu.Unlock()
 	h.node.lent++
-	return readerAt{bytes.NewReader(data)}, nil
+	return readerAt{bytes.NewReader(data), h.node.ends}, nil
 }
 
 func (h *memoryHold) Layers(context.Context, digest.Digest) ([]string, error) {
@@ -118,7 +121,18 @@ func (h *memoryHold) Release(context.Context) error {
 	return nil
 }
 
-type readerAt struct{ *bytes.Reader }
+type readerAt struct {
+	*bytes.Reader
+	ends int64
+}
+
+func (r readerAt) ReadAt(p []byte, off int64) (int, error) {
+	if r.ends == 0 || off+int64(len(p)) <= r.ends {
+		return r.Reader.ReadAt(p, off)
+	}
+	n, _ := r.Reader.ReadAt(p[:max(0, min(int64(len(p)), r.ends-off))], off)
+	return n, errors.New("connection reset by peer")
+}
 
 func (readerAt) Close() error { return nil }
 

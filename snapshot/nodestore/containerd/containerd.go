@@ -17,15 +17,18 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"time"
 
 	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	ctd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -69,6 +72,10 @@ type Node struct {
 
 	// naming makes received images get their names one after the other.
 	naming sync.Mutex
+
+	mu sync.Mutex
+	// debts are leases that could not be deleted yet; mu guards it.
+	debts []leases.Lease
 }
 
 var _ nodestore.Node = (*Node)(nil)
@@ -117,6 +124,30 @@ func New(ctx context.Context, cfg Config) (_ *Node, err error) {
 
 // Close implements nodestore.Node.
 func (n *Node) Close() error { return n.client.Close() }
+
+// reconnectTime is how long a call waits for a containerd that did not answer before.
+const reconnectTime = 2 * time.Second
+
+// reconnect tries to connect again at once when the last attempt failed. Otherwise calls
+// would fail for seconds after containerd has come back, as after an upgrade.
+func (n *Node) reconnect(ctx context.Context) {
+	conn, ok := n.client.Conn().(*grpc.ClientConn)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, reconnectTime)
+	defer cancel()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		conn.ResetConnectBackoff()
+		conn.Connect()
+		poll, stop := context.WithTimeout(ctx, reconnectTime/10)
+		conn.WaitForStateChange(poll, state)
+		stop()
+		if ctx.Err() != nil {
+			return // the call itself says what is wrong
+		}
+	}
+}
 
 // Info implements nodestore.Node.
 func (n *Node) Info(ctx context.Context) (nodestore.Info, error) {

@@ -30,13 +30,17 @@ const undoTimeout = 30 * time.Second
 // results the lease is to hold.
 func (n *Node) newLease(ctx context.Context) (context.Context, leases.Lease, error) {
 	ctx = namespaces.WithNamespace(ctx, namespace)
+	n.reconnect(ctx)
+	n.payDebts(ctx)
 	id := make([]byte, 12)
 	rand.Read(id) // never fails
+	name := "kiln-" + hex.EncodeToString(id)
 	lease, err := n.client.LeasesService().Create(ctx,
-		leases.WithID("kiln-"+hex.EncodeToString(id)),
+		leases.WithID(name),
 		leases.WithLabel(labelOwner, n.owner),
 		leases.WithExpiration(leaseLimit))
 	if err != nil {
+		n.owe(leases.Lease{ID: name}) // it may be there: only the answer is missing
 		return nil, leases.Lease{}, n.failed("make a lease", err)
 	}
 	return leases.WithLease(ctx, lease.ID), lease, nil
@@ -53,9 +57,37 @@ func (n *Node) deleteLease(ctx context.Context, lease leases.Lease, collect bool
 		opts = append(opts, leases.SynchronousDelete)
 	}
 	if err := n.client.LeasesService().Delete(ctx, lease, opts...); err != nil && !errdefs.IsNotFound(err) {
+		n.owe(lease)
 		return n.failed("delete lease "+lease.ID, err)
 	}
 	return nil
+}
+
+// maxDebts bounds the leases that are remembered; those beyond it expire.
+const maxDebts = 1024
+
+// owe remembers a lease that could not be deleted, as when containerd is not there.
+func (n *Node) owe(lease leases.Lease) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.debts) < maxDebts {
+		n.debts = append(n.debts, lease)
+	}
+}
+
+// payDebts deletes leases that could not be deleted before, and what was made for them.
+func (n *Node) payDebts(ctx context.Context) {
+	n.mu.Lock()
+	debts := n.debts
+	n.debts = nil
+	n.mu.Unlock()
+	for _, lease := range debts {
+		if err := n.removeViews(ctx, lease); err != nil {
+			n.owe(lease)
+			continue
+		}
+		_ = n.deleteLease(ctx, lease, false) // it is owed again when this fails
+	}
 }
 
 // removeLeftHolds deletes what an earlier process of the same owner held, and what
