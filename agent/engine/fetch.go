@@ -67,6 +67,7 @@ func (f *fetching) close() error {
 	defer f.mu.Unlock()
 	for _, d := range f.domains {
 		d.transport.CloseIdleConnections()
+		d.unverified.CloseIdleConnections()
 	}
 	return f.git.Close()
 }
@@ -77,6 +78,8 @@ type domainFetching struct {
 	policy    *egress.Policy
 	transport *http.Transport
 	client    *http.Client
+	// unverified is for registries that a build calls insecure.
+	unverified *http.Transport
 }
 
 // of returns what fetches for a domain, whose policies say what rules returns; nil:
@@ -87,7 +90,7 @@ func (f *fetching) of(rules func() []egress.Rules) *domainFetching {
 	}
 	p := *f.policy
 	p.Rules = rules
-	d := &domainFetching{policy: &p, transport: p.Transport()}
+	d := &domainFetching{policy: &p, transport: p.Transport(), unverified: unverifying(p.Transport())}
 	d.client = &http.Client{Transport: tracing.NewTransport(d.transport)}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -17,7 +17,6 @@ import (
 	"github.com/moby/buildkit/cache/remotecache"
 	inlineremotecache "github.com/moby/buildkit/cache/remotecache/inline"
 	localremotecache "github.com/moby/buildkit/cache/remotecache/local"
-	registryremotecache "github.com/moby/buildkit/cache/remotecache/registry"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/cmd/buildkitd/config"
 	"github.com/moby/buildkit/control"
@@ -60,7 +59,7 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 	workers := &worker.Controller{}
 	warm := sync.OnceFunc(func() { n.runtimes.warm([]sandbox.Class{d.Sandbox}) })
 	steps := vertexWorker{w, n.runtimes.expected, warm}
-	if err := workers.Add(compressingWorker{steps, &sync.Mutex{}}); err != nil {
+	if err := workers.Add(compressingWorker{policedWorker{steps, w, fetches, hosts}, &sync.Mutex{}}); err != nil {
 		return nil, nil, fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos(), newStepPolicy(n.cfg), d)
@@ -84,12 +83,12 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		Frontends:        frontends,
 		CacheManager:     keys,
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
-			"registry": registryremotecache.ResolveCacheExporterFunc(sessions, hosts),
+			"registry": fetches.cacheExporter(sessions, hosts),
 			"local":    localremotecache.ResolveCacheExporterFunc(sessions),
 			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
 		},
 		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
-			"registry": registryremotecache.ResolveCacheImporterFunc(sessions, w.ContentStore(), hosts),
+			"registry": fetches.cacheImporter(sessions, w.ContentStore(), hosts),
 			"local":    localremotecache.ResolveCacheImporterFunc(sessions),
 		},
 		// No entitlement exists: a step that asks for one is refused.
