@@ -137,17 +137,20 @@ const softOpenFiles = 1024
 
 // Hold returns p with the resource limits that l has for each process: those of p that
 // are within l, and one of open files in any case, so that what the agent may open is
-// nothing that a step inherits.
+// nothing that a step inherits. No process of a step leaves its memory behind when it
+// crashes: neither in the layer nor on the node.
 func (l Limits) Hold(p Process) Process {
 	most := uint64(DefaultOpenFiles)
 	if l.OpenFiles > 0 {
 		most = uint64(l.OpenFiles)
 	}
-	held := []Rlimit{{Type: rlimitOpenFiles, Soft: min(softOpenFiles, most), Hard: most}}
+	held := []Rlimit{{Type: rlimitOpenFiles, Soft: min(softOpenFiles, most), Hard: most}, {Type: rlimitCore, Soft: noCore, Hard: noCore}}
 	for _, r := range p.Rlimits {
-		if r.Type == rlimitOpenFiles {
+		switch r.Type {
+		case rlimitOpenFiles:
 			held[0] = Rlimit{Type: r.Type, Soft: min(r.Soft, most), Hard: min(r.Hard, most)}
-		} else {
+		case rlimitCore:
+		default:
 			held = append(held, r)
 		}
 	}
@@ -155,7 +158,13 @@ func (l Limits) Hold(p Process) Process {
 	return p
 }
 
-const rlimitOpenFiles = "RLIMIT_NOFILE"
+const (
+	rlimitOpenFiles = "RLIMIT_NOFILE"
+	rlimitCore      = "RLIMIT_CORE"
+	// noCore is the limit with which Linux writes no core file, and gives none to the
+	// program of core_pattern, which runs as root of the node. With 0 it would do that.
+	noCore = 1
+)
 
 // ReachedError is the cause for which a runtime ends a step that has run into a limit.
 type ReachedError struct{ Limit Limit }

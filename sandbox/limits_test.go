@@ -38,20 +38,21 @@ func TestLimitsThatMakeNoSense(t *testing.T) {
 	}
 }
 
-func TestHoldLimitsOpenFiles(t *testing.T) {
-	other := Rlimit{"RLIMIT_CORE", 1, 2}
+func TestHoldLimitsOpenFilesAndCoreFiles(t *testing.T) {
+	other, core := Rlimit{"RLIMIT_CPU", 1, 2}, Rlimit{"RLIMIT_CORE", 1, 1}
 	for _, tt := range []struct {
 		name  string
 		most  int64
 		asked []Rlimit
 		want  []Rlimit
 	}{
-		{"by default", 0, nil, []Rlimit{{"RLIMIT_NOFILE", 1024, 1 << 20}}},
-		{"few", 100, nil, []Rlimit{{"RLIMIT_NOFILE", 100, 100}}},
-		{"when something else is asked for", 0, []Rlimit{other}, []Rlimit{{"RLIMIT_NOFILE", 1024, 1 << 20}, other}},
-		{"when less is asked for", 1000, []Rlimit{{"RLIMIT_NOFILE", 5, 10}}, []Rlimit{{"RLIMIT_NOFILE", 5, 10}}},
-		{"when no limit is asked for", 1000, []Rlimit{{"RLIMIT_NOFILE", ^uint64(0), ^uint64(0)}}, []Rlimit{{"RLIMIT_NOFILE", 1000, 1000}}},
-		{"when no limit is asked for and none set", 0, []Rlimit{{"RLIMIT_NOFILE", 7, ^uint64(0)}}, []Rlimit{{"RLIMIT_NOFILE", 7, 1 << 20}}},
+		{"by default", 0, nil, []Rlimit{{"RLIMIT_NOFILE", 1024, 1 << 20}, core}},
+		{"few", 100, nil, []Rlimit{{"RLIMIT_NOFILE", 100, 100}, core}},
+		{"when something else is asked for", 0, []Rlimit{other}, []Rlimit{{"RLIMIT_NOFILE", 1024, 1 << 20}, core, other}},
+		{"when less is asked for", 1000, []Rlimit{{"RLIMIT_NOFILE", 5, 10}}, []Rlimit{{"RLIMIT_NOFILE", 5, 10}, core}},
+		{"when no limit is asked for", 1000, []Rlimit{{"RLIMIT_NOFILE", ^uint64(0), ^uint64(0)}}, []Rlimit{{"RLIMIT_NOFILE", 1000, 1000}, core}},
+		{"when no limit is asked for and none set", 0, []Rlimit{{"RLIMIT_NOFILE", 7, ^uint64(0)}}, []Rlimit{{"RLIMIT_NOFILE", 7, 1 << 20}, core}},
+		{"when core files are asked for", 0, []Rlimit{{"RLIMIT_CORE", 5, ^uint64(0)}}, []Rlimit{{"RLIMIT_NOFILE", 1024, 1 << 20}, core}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			require.Equal(t, tt.want, Limits{OpenFiles: tt.most}.Hold(Process{Rlimits: tt.asked}).Rlimits)
