@@ -72,6 +72,10 @@ func TestAPIServerRefusesWhatIsWrongInForm(t *testing.T) {
 		`{platforms: ["linux/amd64/../../x"]}`:                                                "spec.platforms[0]",
 		`{cache: {from: [{type: local}]}}`:                                                    "spec.cache.from[0].type",
 		`{secrets: [{id: "../x", secretRef: {name: a, key: b}}]}`:                             "spec.secrets[0].id",
+		`{secrets: [{id: a, secretRef: {name: a, namespace: other, key: b}}]}`:                `unknown field "spec.secrets[0].secretRef.namespace"`,
+		`{output: {image: a, pushSecret: {name: b, namespace: other}}}`:                       `unknown field "spec.output.pushSecret.namespace"`,
+		`{source: {configMaps: [{name: a, namespace: other}]}}`:                               `unknown field "spec.source.configMaps[0].namespace"`,
+		`{serviceAccountName: other}`:                                                         `unknown field "spec.serviceAccountName"`,
 	} {
 		err := strict.Create(t.Context(), raw(t, "Build", ns, "wrong", spec))
 		require.Error(t, err, spec)

@@ -151,12 +151,14 @@ func (r *runtimeOfNode) holdings(t *testing.T) (all []string) {
 	return all
 }
 
-// pull has containerd pull an image as the kubelet's, from a registry without TLS.
-func (r *runtimeOfNode) pull(t *testing.T, ref string) {
+// pull has containerd pull an image as the kubelet's, from a registry without TLS that
+// may ask for a password.
+func (r *runtimeOfNode) pull(t *testing.T, ref, password string) {
 	t.Helper()
+	creds := docker.NewDockerAuthorizer(docker.WithAuthCreds(func(string) (string, string, error) { return "user", password, nil }))
 	r.ask(t, func(ctx context.Context, c *ctd.Client) {
 		_, err := c.Pull(ctx, ref, ctd.WithPullUnpack, ctd.WithPullSnapshotter("overlayfs"),
-			ctd.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts))})))
+			ctd.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts), docker.WithAuthorizer(creds))})))
 		require.NoError(t, err)
 	})
 }
@@ -189,7 +191,7 @@ func containerdKilled(t *testing.T, e *env) {
 	for i, delay := range []time.Duration{0, 20, 50, 100, 150, 200, 300, 400, 600, 900} {
 		im := large(t) // new for each, for it to be lent anew
 		reg := registryOf(t, e, im, nil)
-		node.pull(t, reg.Address+"/image:latest")
+		node.pull(t, reg.Address+"/image:latest", "")
 		before := node.holdings(t)
 		name := fmt.Sprintf("registry.example/built-%s-%d", e.Class, i)
 		spec := agenttest.Dockerfile(fmt.Sprintf("FROM %s/image\nRUN [\"/bin/busybox\", \"sh\", \"-c\", \"echo %d > /written\"]\n", reg.Address, i))

@@ -50,6 +50,11 @@ var _ = register(
 		Test:   gitDotGit,
 	},
 	entry{
+		ID: "git/alternates", Severity: readsNode, Once: noStep,
+		Threat: "A repository says that its objects are elsewhere: on the node's loopback, at the metadata service, or in the node's file system.",
+		Test:   gitAlternates, Off: gitAlternatesPlain, Without: "git's refusal of alternates that a server names",
+	},
+	entry{
 		ID: "git/credentials-redirect", Severity: readsNode, Once: noStep,
 		Threat: "A git server that gets a build's token redirects to another host, for git to repeat the token there.",
 		Test:   gitCredentialsRedirect, Off: gitCredentialsRedirectPlain, Without: "the proxy that connects to the token's host only",

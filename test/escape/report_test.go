@@ -50,6 +50,7 @@ can tell; "—" means that this was not shown.
 		}
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s | %s |\n", en.ID, en.Threat, en.Severity, en.cell("gvisor", done), en.cell("userns", done), en.offCell(done))
 	}
+	b.WriteString(elsewhereTable())
 	return b.String()
 }
 
@@ -104,7 +105,7 @@ func count(is bool) int {
 	return 0
 }
 
-// rows are the rows of entries.
+// rows are the rows of entries, and of threats that other packages try.
 func rows(doc string) []string {
-	return regexp.MustCompile("(?m)^\\| `.*$").FindAllString(doc, -1)
+	return regexp.MustCompile("(?m)^\\| .*`.*$").FindAllString(doc, -1)
 }
