@@ -3,6 +3,7 @@ package netns
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"net/netip"
 	"strconv"
 
@@ -69,7 +70,7 @@ func contactOf(e nftables.SetElement) (sandbox.Contact, bool) {
 		Address: netip.AddrFrom4([4]byte(e.Key)), Protocol: protocolName(e.Key[4]), Port: binary.BigEndian.Uint16(e.Key[8:]), Count: 1,
 	}
 	if e.Counter != nil {
-		c.Count = int64(e.Counter.Packets)
+		c.Count = int64(min(e.Counter.Packets, math.MaxInt64))
 	}
 	return c, true
 }

@@ -85,3 +85,42 @@ func FuzzParseOCILayout(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParseCache(f *testing.F) {
+	for _, s := range []string{"user/app:cache", "type=registry,ref=a/b", "type=local,src=x", `type=inline`, "type=gha,token=x", "mode=max"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		for side := range 2 {
+			out, err := parseCache([]string{s}, side)
+			if err != nil {
+				continue
+			}
+			for _, o := range out {
+				if o.Type == "" {
+					t.Fatalf("%q gives a cache without a type", s)
+				}
+			}
+		}
+	})
+}
+
+func FuzzParseSizes(f *testing.F) {
+	for _, s := range []string{"1g", "-1", "0", "1e9", "99999999999999999999g", "0.5", "1.5.5", "10m", "nan", "inf"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if n, err := ParseSize(s); err == nil && n < 0 {
+			t.Fatalf("%q gives the size %d", s, n)
+		}
+		if n, err := ParsePIDs(s); err == nil && n < 0 {
+			t.Fatalf("%q gives %d processes", s, n)
+		}
+		if n, err := parseCPUs(s); err == nil && n < 0 {
+			t.Fatalf("%q gives %d CPUs", s, n)
+		}
+		if n, err := parseTimeout(s); err == nil && n < 0 {
+			t.Fatalf("%q gives the time %d", s, n)
+		}
+	})
+}
