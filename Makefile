@@ -81,7 +81,7 @@ test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -p 1 -timeout 20m ./...
 
 security-results: build $(CONTAINERD) ## Attack kiln, and write docs/security-results.md
-	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 20m ./test/escape -write
+	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 30m ./test/escape -write
 
 lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API and generated code
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

@@ -236,3 +236,13 @@ func TestMainIsolatesOnce(t *testing.T) {
 	require.Contains(t, out.String(), "no engine today")
 	require.Equal(t, []int{1, 1}, []int{isolated, started})
 }
+
+// TestTimesOfTheFuture lists builds of a node whose clock is ahead, or went back.
+func TestTimesOfTheFuture(t *testing.T) {
+	now := time.Now()
+	later := now.Add(time.Hour)
+	var out bytes.Buffer
+	require.NoError(t, writeBuilds(&out, []listed{{Name: "a", Created: later, Started: &later, Ended: &now}}, false, now))
+	require.NotContains(t, out.String(), "-")
+	require.Contains(t, out.String(), "0s")
+}
