@@ -25,6 +25,7 @@ var others = []elsewhere{
 
 	{"A token or certificate of somebody else, of another audience, or one that has expired.", reachesTenant, []string{"agent/auth.TestTokenVerdicts", "agent/auth.TestClientCertificates", "agent/auth.TestCertificateThatExpires"}},
 	{"A build fetches from the cluster's API server, Pods or Services.", readsNode, []string{"cmd/kiln-agent.TestFetchPolicy", "sandbox/egress.TestAdditionalRanges"}},
+	{"A step connects to the cluster's Pods and Services, or to what a policy's lists do not have.", readsNode, []string{"sandbox/netns.TestDeniedRanges", "test/integration.TestDestinationsAreAllThatStepsReach"}},
 	{"The agent is killed at any moment.", takesNodeDown, []string{"test/agent.TestKilledAtAnyMoment", "test/agent.TestNothingIsLeftOfAnyEnd", "agent/record.TestCutAtEveryByte"}},
 	{"The controller is killed at any moment.", takesNodeDown, []string{"controller.TestControllerKilledAtAnyMoment"}},
 	{"Two controllers work at once.", takesNodeDown, []string{"controller.TestTwoControllersAndManyBuilds"}},
