@@ -20,6 +20,7 @@ func TestKilnOnKubernetes(t *testing.T) {
 		run  func(*testing.T, *installation)
 	}{
 		{"sources in each sandbox", testSources},
+		{"warm nodes", testWarm},
 		{"images run as Pods on their node", testPods},
 		{"push with a Secret", testPushSecret},
 		{"steps", testSteps},
