@@ -72,6 +72,9 @@ const stepVersion = 4
 
 const fixAddition = "Use the runsc that `make build` makes; gVisor's own lacks what kiln needs."
 
+// endTime is how long it may take until the end of a sandbox that does not answer is known.
+const endTime = 100 * time.Millisecond
+
 // checkVersion asks a sandbox whether its runsc has kiln's addition.
 func (b *box) checkVersion(ctx context.Context) error {
 	var version int
@@ -79,10 +82,15 @@ func (b *box) checkVersion(ctx context.Context) error {
 	if err == nil && version != stepVersion {
 		err = fmt.Errorf("it has version %d, and %d is needed", version, stepVersion)
 	}
-	if err != nil && ctx.Err() == nil {
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	select {
+	case <-b.exited:
+		return fmt.Errorf("the sandbox ended while it started: %w", err)
+	case <-time.After(endTime):
 		return unavailable("kiln's addition to runsc ("+methodProbe+" in "+b.r.runsc+")", fixAddition, err)
 	}
-	return err
 }
 
 func unavailable(missing, fix string, err error) error {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+
+	"github.com/kiln-build/kiln/sandbox"
 )
 
 // DefaultPrepared is how many sandboxes of a kind are kept ready.
@@ -93,6 +95,12 @@ func (p *pool) aheadOf(k kind) int {
 
 func (p *pool) make(k kind, s *stock) {
 	b, err := p.r.newBox(p.ctx, k)
+	var missing *sandbox.UnavailableError
+	if err != nil && !errors.As(err, &missing) && p.ctx.Err() == nil {
+		// It may have been killed, or who starts it, by a node that is short of memory or an
+		// operator. The step that waits has nothing to do with that.
+		b, err = p.r.newBox(p.ctx, k)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.making--

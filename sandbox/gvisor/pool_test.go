@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 )
@@ -165,4 +167,41 @@ func TestOneStepOfAnID(t *testing.T) {
 	})
 	require.NoError(t, err)
 	e.ok(step)
+}
+
+// TestSandboxKilledWhileItStarts wants a step to be none the wiser.
+func TestSandboxKilledWhileItStarts(t *testing.T) {
+	for range 5 {
+		e := newEnvWith(t, Config{Prepared: -1})
+		done := make(chan error, 1)
+		go func() {
+			res, err := e.r.Run(context.Background(), e.step("true"), nil)
+			if err == nil && res.ExitCode != 0 {
+				err = fmt.Errorf("exit code %d", res.ExitCode)
+			}
+			done <- err
+		}()
+		killed := false
+		deadline := time.Now().Add(10 * time.Second)
+		for !killed && time.Now().Before(deadline) {
+			names, err := filepath.Glob("/proc/[0-9]*/cmdline")
+			require.NoError(t, err)
+			for _, n := range names {
+				data, err := os.ReadFile(n)
+				if err == nil && strings.HasPrefix(string(data), "runsc-sandbox\x00") && strings.Contains(string(data), e.r.cfg.StateDir+"/") {
+					pid, err := strconv.Atoi(filepath.Base(filepath.Dir(n)))
+					require.NoError(t, err)
+					killed = unix.Kill(pid, unix.SIGKILL) == nil
+				}
+			}
+		}
+		require.True(t, killed, "no sandbox starts")
+		err := <-done
+		if err == nil {
+			require.EqualValues(t, 2, e.r.boxes.Load())
+			return
+		}
+		t.Log(err) // it had started already
+	}
+	t.Fatal("no step has run")
 }
