@@ -75,7 +75,6 @@ func TestAPIServerRefusesWhatIsWrongInForm(t *testing.T) {
 		`{secrets: [{id: a, secretRef: {name: a, namespace: other, key: b}}]}`:                `unknown field "spec.secrets[0].secretRef.namespace"`,
 		`{output: {image: a, pushSecret: {name: b, namespace: other}}}`:                       `unknown field "spec.output.pushSecret.namespace"`,
 		`{source: {configMaps: [{name: a, namespace: other}]}}`:                               `unknown field "spec.source.configMaps[0].namespace"`,
-		`{serviceAccountName: other}`:                                                         `unknown field "spec.serviceAccountName"`,
 	} {
 		err := strict.Create(t.Context(), raw(t, "Build", ns, "wrong", spec))
 		require.Error(t, err, spec)
