@@ -21,6 +21,25 @@ const anyMinor = -1
 // step cannot make any.
 var allowedDevices = []device{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5, 2}, {136, anyMinor}}
 
+// blockSignals keeps signals from this thread, and the goroutine on it, until unblock is
+// called: the kernel gives up checking a program (EAGAIN) when its thread gets one, and Go
+// sends its threads some.
+func blockSignals() (unblock func(), err error) {
+	runtime.LockOSThread()
+	var all, before unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &all, &before); err != nil {
+		runtime.UnlockOSThread()
+		return nil, fmt.Errorf("block signals: %w", err)
+	}
+	return func() {
+		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil) // what it was is valid
+		runtime.UnlockOSThread()
+	}, nil
+}
+
 // limitDevices lets the processes of a cgroup, and of all below it, open allowedDevices
 // only.
 func limitDevices(cgroup *os.File) error {
@@ -34,7 +53,12 @@ func limitDevices(cgroup *os.File) error {
 		kind: unix.BPF_PROG_TYPE_CGROUP_DEVICE, count: uint32(len(prog) / 8),
 		insns: uint64(uintptr(unsafe.Pointer(&prog[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0]))),
 	}
+	unblock, err := blockSignals()
+	if err != nil {
+		return err
+	}
 	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&load)), unsafe.Sizeof(load))
+	unblock()
 	runtime.KeepAlive(prog)
 	runtime.KeepAlive(license)
 	if errno != 0 {
