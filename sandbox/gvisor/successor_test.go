@@ -205,3 +205,30 @@ rm -r /many /a; test ! -e /many/3; mkdir /many; test -z "$(ls /many)"`))
 	e.ok(c.step(`set -e; test -z "$(ls /many)"; test ! -e /a; test -d /old/er`))
 	require.EqualValues(t, 1, e.r.boxes.Load())
 }
+
+// Files that nobody uses are kept too, up to a number, and are then replaced by others.
+func TestFilesThatAreKept(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	for i := range 3000 {
+		dir := fmt.Sprintf("%s/many/%d", e.lower, i%30)
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+		require.NoError(t, os.WriteFile(fmt.Sprintf("%s/%d", dir, i), fmt.Appendf(nil, "%d\n", i), 0o644))
+	}
+	require.NoError(t, os.Symlink("30", e.lower+"/many/0/link"))
+	c := e.chain("a")
+	e.ok(c.step(`set -e
+sum() { cat $(find /many -type f) | sort -n | md5sum; }
+before=$(sum); test "$before" = "$(sum)"; stat /many/0/30 /many/0/link >/dev/null
+echo changed >/many/0/30; test "$(cat /many/0/30)" = changed; test "$(cat /many/0/link)" = changed
+chmod 600 /many/1/1; test "$(stat -c %a /many/1/1)" = 600
+rm /many/2/2; test ! -e /many/2/2; ln -s gone /many/2/2; test "$(readlink /many/2/2)" = gone
+mv /many/3/3 /many/4/4; test "$(cat /many/4/4)" = 3; test ! -e /many/3/3
+ln /many/5/5 /many/5/same; echo more >>/many/5/5; test "$(cat /many/5/same)" = "$(printf '5\nmore')"
+rm -r /many/6; test ! -e /many/6/6; mkdir /many/6; test ! -e /many/6/6
+sum >/dev/null; test "$(cat /many/0/30)" = changed`))
+	e.ok(c.step(`set -e
+test "$(cat /many/0/30)" = changed; test "$(stat -c %a /many/1/1)" = 600; test "$(readlink /many/2/2)" = gone
+test "$(cat /many/4/4)" = 3; test ! -e /many/3/3; test "$(cat /many/5/same)" = "$(printf '5\nmore')"; test -z "$(ls /many/6)"
+test "$(find /many -type f | wc -l)" = 2899`))
+	require.EqualValues(t, 1, e.r.boxes.Load())
+}

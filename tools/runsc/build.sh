@@ -40,8 +40,11 @@ cp sentry/main/starter.go "$src/gvisor/runsc/kiln_starter.go"
 cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"
 cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
 overlay=$src/gvisor/pkg/sentry/fsimpl/overlay/overlay.go
-sed -i 's|^\t// Refs is still zero; destroy it\.$|\tif d.stepKeep() {\n\t\treturn\n\t}|' "$overlay"
+sed -i 's|^\t// Refs is still zero; destroy it\.$|\tif d.stepKeep(ctx) {\n\t\treturn\n\t}|' "$overlay"
 grep -q stepKeep "$overlay"
+subprocess=$src/gvisor/pkg/sentry/platform/systrap/subprocess.go
+sed -i 's|^\tslowPath := false$|\tslowPath := !fastpath.sentryFastPath()\n\tif slowPath {\n\t\tctx.disableSentryFastPath()\n\t}|' "$subprocess"
+grep -q 'slowPath := !fastpath' "$subprocess"
 cp sentry/tmpfs/layer.go "$src/gvisor/pkg/sentry/fsimpl/tmpfs/kiln_layer.go"
 $go build -modfile="$src/go.mod" -trimpath \
 	-ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$version+kiln" -o "$out.new" gvisor.dev/gvisor/runsc
