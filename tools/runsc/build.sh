@@ -3,9 +3,12 @@
 #
 # The go command takes no overlay over its module cache, so the module is copied
 # and the files are added to the copy: sentry/ adds methods to the control server of a
-# sandbox, and filters/ the system call filters in compiled form. All that is changed
-# are two calls, which use the compiled filters, and the overlay, which asks before
-# it drops a directory.
+# sandbox, and filters/ the system call filters in compiled form. What is changed are
+# two calls, which use the compiled filters, and what sentry/changes.patch has: the
+# overlay asks before it drops a file or a directory (overlay/keep.go); and where nobody
+# spins (--systrap-disable-fast-path) a task waits for its program in the kernel at
+# once, not first in the queue of the goroutine that would spin for all, and on the
+# same processor (systrap/place.go), for which the sentry may bind threads.
 set -eu
 cd "$(dirname "$0")"
 out=$1
@@ -24,6 +27,10 @@ cp go.sum "$src/go.sum"
 cp go.mod "$src/go.mod"
 $go mod edit -replace "gvisor.dev/gvisor=$src/gvisor" "$src/go.mod"
 
+(cd "$src/gvisor" && GIT_CEILING_DIRECTORIES=$src git apply "$OLDPWD/sentry/changes.patch")
+cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
+cp sentry/systrap/place.go "$src/gvisor/pkg/sentry/platform/systrap/kiln_place.go"
+
 mkdir "$src/gvisor/runsc/kilnfilters"
 cp filters/config/compile.go "$src/gvisor/runsc/boot/filter/config/kiln_compile.go"
 cp filters/systrap/compile.go "$src/gvisor/pkg/sentry/platform/systrap/kiln_compile.go"
@@ -38,13 +45,6 @@ cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
 cp sentry/kernel/step.go "$src/gvisor/pkg/sentry/kernel/kiln_step.go"
 cp sentry/main/starter.go "$src/gvisor/runsc/kiln_starter.go"
 cp sentry/overlay/upper.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_upper.go"
-cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
-overlay=$src/gvisor/pkg/sentry/fsimpl/overlay/overlay.go
-sed -i 's|^\t// Refs is still zero; destroy it\.$|\tif d.stepKeep(ctx) {\n\t\treturn\n\t}|' "$overlay"
-grep -q stepKeep "$overlay"
-subprocess=$src/gvisor/pkg/sentry/platform/systrap/subprocess.go
-sed -i 's|^\tslowPath := false$|\tslowPath := !fastpath.sentryFastPath()\n\tif slowPath {\n\t\tctx.disableSentryFastPath()\n\t}|' "$subprocess"
-grep -q 'slowPath := !fastpath' "$subprocess"
 cp sentry/tmpfs/layer.go "$src/gvisor/pkg/sentry/fsimpl/tmpfs/kiln_layer.go"
 $go build -modfile="$src/go.mod" -trimpath \
 	-ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$version+kiln" -o "$out.new" gvisor.dev/gvisor/runsc

@@ -1,0 +1,84 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// bound counts, for each process of the runtime's sandboxes, the threads that may run on
+// one processor only.
+func (e *env) bound() map[string]int {
+	one := regexp.MustCompile(`(?m)^Cpus_allowed_list:\s*\d+$`)
+	found := map[string]int{}
+	tasks, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/status")
+	require.NoError(e.t, err)
+	for _, status := range tasks {
+		process := strings.Join(strings.Split(status, "/")[:3], "/")
+		group, err := os.ReadFile(process + "/cgroup")
+		if err != nil || !bytes.Contains(group, []byte(e.r.cfg.CgroupParent)) {
+			continue
+		}
+		if data, err := os.ReadFile(status); err == nil && one.Match(data) {
+			found[process]++
+		}
+	}
+	return found
+}
+
+// TestProgramsArePlaced looks at the threads of a sandbox while its step asks for
+// something all the time, and while it computes.
+func TestProgramsArePlaced(t *testing.T) {
+	const loop = "; do i=$((i+1)); done"
+	for _, tt := range []struct {
+		name, script string
+		processes    int // with bound threads: the sentry, the sandbox's own, and the program
+	}{
+		{"asks", "i=0; while test ! -e /stop" + loop, 3},
+		{"computes", "i=0; while test $i -ge 0" + loop, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := newEnvWith(t, Config{Prepared: -1})
+			want := tt.processes
+			if runtime.NumCPU() == 1 || runtime.NumCPU() > fewCPUs {
+				want = 0
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			done := make(chan error, 1)
+			go func() {
+				_, err := e.r.Run(ctx, e.step(tt.script), nil)
+				done <- err
+			}()
+			same := 0
+			require.Eventually(t, func() bool {
+				if len(e.bound()) == want {
+					same++
+				} else {
+					same = 0
+				}
+				return same == 5
+			}, time.Minute, 50*time.Millisecond)
+			cancel()
+			require.ErrorIs(t, <-done, context.Canceled)
+			require.Empty(t, e.bound())
+		})
+	}
+}
+
+// TestManyProcesses has more processes at once than are placed.
+func TestManyProcesses(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	out := e.ok(e.step(`busybox mkfifo /wait
+i=0; while [ $i -lt 150 ]; do { read -r line </wait; test -e /sh; echo $i; } & i=$((i+1)); done
+exec 3<>/wait; i=0; while [ $i -lt 150 ]; do echo >&3; i=$((i+1)); done; wait`))
+	require.Len(t, strings.Fields(out), 150)
+}
