@@ -83,12 +83,13 @@ test: build cluster-tools test-tools ## Run every test
 security-results: build $(CONTAINERD) ## Attack kiln, and write docs/security-results.md
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 30m ./test/escape -write
 
-lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API and generated code
+lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API, generated code and documents
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(BIN)/staticcheck ./...
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against api/agent/v1/baseline.binpb
+	$(GO) test -count=1 -run '^TestResultsAreCurrent$$' ./test/escape
 
 $(BIN)/buf: tools/proto/go.mod
 	cd tools/proto && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ github.com/bufbuild/buf/cmd/buf google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc

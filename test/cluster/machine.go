@@ -205,8 +205,9 @@ func (m *Machine) start(log string, args []string) (process, error) {
 	if err := m.enter(cmd.Start); err != nil {
 		return process{}, err
 	}
+	p, err := findProcess(cmd.Process.Pid) // before it is reaped, which may be soon
 	c.reap(cmd)
-	return findProcess(cmd.Process.Pid)
+	return p, err
 }
 
 // enter calls f on a thread in the machine's namespaces: what f starts lives
