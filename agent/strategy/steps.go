@@ -101,8 +101,11 @@ func (b *stepsBuild) build(ctx context.Context) (*gateway.Result, error) {
 // within has the workspace made, and gives up after the limit.
 func (b *stepsBuild) within(ctx context.Context, name string, limit time.Duration, ws llb.State) error {
 	timeout := &StepTimeoutError{Step: name, Limit: limit}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, timeout)
-	defer cancel()
+	// Not a deadline: that would go along with the call, and its other end might be the
+	// first to see it pass, and say no more than that.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer time.AfterFunc(limit, func() { cancel(timeout) }).Stop()
 	_, err := b.solve(ctx, ws, true)
 	if err != nil && errors.Is(context.Cause(ctx), timeout) {
 		return timeout
