@@ -33,7 +33,7 @@ kiln:
 $(BIN)/runc: tools/runc/go.mod tools/runc/go.sum
 	cd tools/runc && CGO_ENABLED=1 $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)' -o $@ github.com/opencontainers/runc
 
-# runsc has a file of kiln's beside gVisor's own; see tools/runsc/build.sh.
+# runsc has files and changes of kiln's; see tools/runsc/build.sh.
 $(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum $(wildcard tools/runsc/*.sh tools/runsc/*/*.patch tools/runsc/*/*.go tools/runsc/*/*/*.go)
 	GO=$(GO) tools/runsc/build.sh $@
 

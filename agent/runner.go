@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
-	"time"
 
 	"github.com/kiln-build/kiln/agent/failure"
 	"github.com/kiln-build/kiln/agent/queue"
@@ -81,11 +80,8 @@ func (l *limited) Run(ctx context.Context, j *job) *agentv1.BuildResult {
 	if limit <= 0 {
 		limit = DefaultTimeout
 	}
-	// Not a deadline: that would go along with calls to the engine, which might be the
-	// first to see it pass, and say no more than that.
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer time.AfterFunc(limit, func() { cancel(&failure.TimedOut{Limit: limit}) }).Stop()
+	ctx, cancel := failure.WithLimit(ctx, limit, &failure.TimedOut{Limit: limit})
+	defer cancel()
 	return l.next.Run(ctx, j)
 }
 

@@ -32,6 +32,18 @@ func (e *TimedOut) Error() string {
 	return fmt.Sprintf("The build did not end within its timeout of %s.", e.Limit)
 }
 
+// WithLimit returns a context that is cancelled with a cause after the limit, or by the
+// function. It has no deadline: that would go along with calls to the engine, whose end
+// of a call might be the first to see it pass, and say no more than that.
+func WithLimit(ctx context.Context, limit time.Duration, cause error) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(limit, func() { cancel(cause) })
+	return ctx, func() {
+		timer.Stop()
+		cancel(nil)
+	}
+}
+
 // Interrupted is the cause of a context whose agent ends.
 type Interrupted struct {
 	// Waiting says that the build had not started.

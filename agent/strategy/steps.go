@@ -19,6 +19,7 @@ import (
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/kiln-build/kiln/agent/failure"
 	"github.com/kiln-build/kiln/agent/steplimits"
 	agentv1 "github.com/kiln-build/kiln/api/agent/v1"
 )
@@ -101,11 +102,8 @@ func (b *stepsBuild) build(ctx context.Context) (*gateway.Result, error) {
 // within has the workspace made, and gives up after the limit.
 func (b *stepsBuild) within(ctx context.Context, name string, limit time.Duration, ws llb.State) error {
 	timeout := &StepTimeoutError{Step: name, Limit: limit}
-	// Not a deadline: that would go along with the call, and its other end might be the
-	// first to see it pass, and say no more than that.
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer time.AfterFunc(limit, func() { cancel(timeout) }).Stop()
+	ctx, cancel := failure.WithLimit(ctx, limit, timeout)
+	defer cancel()
 	_, err := b.solve(ctx, ws, true)
 	if err != nil && errors.Is(context.Cause(ctx), timeout) {
 		return timeout
