@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
@@ -41,6 +42,7 @@ type Store struct {
 	DB *metadata.DB
 
 	bolt    *bolt.DB
+	layers  *storage.MetaStore
 	overlay snapshots.Snapshotter
 }
 
@@ -55,7 +57,7 @@ func Open(ctx context.Context, root string) (_ *Store, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.overlay, err = overlay.NewSnapshotter(filepath.Join(root, "snapshots")); err != nil {
+	if err := s.openSnapshots(filepath.Join(root, "snapshots")); err != nil {
 		return nil, fmt.Errorf("open snapshots in %s: %w", root, err)
 	}
 	if err := s.removeLeft(ctx, filepath.Join(root, "snapshots", "snapshots")); err != nil {
@@ -78,6 +80,41 @@ func Open(ctx context.Context, root string) (_ *Store, err error) {
 		return nil, fmt.Errorf("read metadata in %s: %w", root, err)
 	}
 	return s, nil
+}
+
+func (s *Store) openSnapshots(dir string) (err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if s.layers, err = storage.NewMetaStore(filepath.Join(dir, "metadata.db")); err != nil {
+		return err
+	}
+	s.overlay, err = overlay.NewSnapshotter(dir, overlay.WithMetaStore(s.layers))
+	return err
+}
+
+// Databases returns the store's databases, for a DeferredSync.
+func (s *Store) Databases() []Database {
+	return []Database{s.bolt, metaStoreDatabase{s.layers}}
+}
+
+// metaStoreDatabase is a snapshotter's own database.
+type metaStoreDatabase struct{ *storage.MetaStore }
+
+// Update implements Database.
+func (m metaStoreDatabase) Update(fn func(*bolt.Tx) error) error {
+	_, t, err := m.TransactionContext(context.Background(), true)
+	if err != nil {
+		return err
+	}
+	tx, ok := t.(*bolt.Tx)
+	if !ok {
+		return errors.Join(fmt.Errorf("database of snapshots: its transaction is a %T", t), t.Rollback())
+	}
+	if err := fn(tx); err != nil {
+		return errors.Join(err, t.Rollback())
+	}
+	return t.Commit()
 }
 
 // removeLeft removes directories of snapshots that have no record. A process that was

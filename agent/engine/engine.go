@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/snapshot"
 )
 
 // Config says how to assemble an engine of a single user.
@@ -36,9 +37,12 @@ type Engine struct {
 	images     *imageStore
 	controller *control.Controller
 	keeper     *keeper
-	server     *grpc.Server
-	listener   *bufconn.Listener
-	served     chan error
+	// databases are those that deferred has synced.
+	databases []snapshot.Database
+	deferred  *snapshot.DeferredSync
+	server    *grpc.Server
+	listener  *bufconn.Listener
+	served    chan error
 	// conn is made at the first call that is forwarded.
 	connOnce sync.Once
 	conn     *grpc.ClientConn
@@ -77,13 +81,13 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 
 // newEngine assembles an engine whose own state is in dir.
 func (n *Node) newEngine(ctx context.Context, dir string, d Domain) (_ *Engine, err error) {
-	e := &Engine{images: newImageStore(n.store, d), served: make(chan error, 1)}
+	e := &Engine{images: newImageStore(n.store, d), deferred: n.deferred, served: make(chan error, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, e.Close())
 		}
 	}()
-	if e.controller, e.keeper, err = n.newController(ctx, dir, d, e.images); err != nil {
+	if err := n.assemble(ctx, e, dir, d); err != nil {
 		return nil, err
 	}
 	e.server = grpc.NewServer(
@@ -127,6 +131,7 @@ func (e *Engine) Close() error {
 	if e.keeper != nil {
 		e.keeper.close()
 	}
+	errs = append(errs, e.deferred.Remove(e.databases...))
 	if e.controller != nil {
 		errs = append(errs, e.controller.Close())
 	}

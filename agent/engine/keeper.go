@@ -15,7 +15,12 @@ import (
 	"github.com/moby/buildkit/util/disk"
 	"github.com/moby/buildkit/worker"
 	"github.com/sirupsen/logrus"
+
+	"github.com/kiln-build/kiln/snapshot"
 )
+
+// collectedFile is a file of a domain's state whose time is that of the last collection.
+const collectedFile = "collected"
 
 // settleTime is how long a domain has to be without a new event before its cache is
 // collected: builds often come one after another.
@@ -35,6 +40,8 @@ type keeper struct {
 	policy []client.PruneInfo
 	worker worker.Worker
 	keys   solver.CacheManager
+	// deferred is told of builds and collections.
+	deferred *snapshot.DeferredSync
 	// root is on the disk that has to have room.
 	root string
 	// stamp is a file whose time is that of the last collection.
@@ -77,9 +84,9 @@ var errBuildRuns = errors.New("a build runs")
 
 // newKeeper starts keeping the cache whose state is in dir. The caller closes it.
 // after is called when it has collected after builds; it must not block.
-func newKeeper(dir string, policy []client.PruneInfo, every time.Duration, w worker.Worker, keys solver.CacheManager, after func()) *keeper {
+func newKeeper(dir string, policy []client.PruneInfo, every time.Duration, w worker.Worker, keys solver.CacheManager, deferred *snapshot.DeferredSync, after func()) *keeper {
 	k := &keeper{
-		policy: policy, worker: w, keys: keys, root: dir, stamp: filepath.Join(dir, "collected"), every: cmp.Or(every, collectInterval),
+		policy: policy, worker: w, keys: keys, deferred: deferred, root: dir, stamp: filepath.Join(dir, collectedFile), every: cmp.Or(every, collectInterval),
 		after: after, wake: make(chan struct{}, 1), pruning: make(chan struct{}, 1),
 	}
 	if st, err := os.Stat(k.stamp); err == nil {
@@ -104,6 +111,7 @@ func (k *keeper) begin(ctx context.Context) error {
 	c := k.current
 	k.mu.Unlock()
 	k.notify()
+	k.deferred.Begin()
 	if c == nil {
 		return nil
 	}
@@ -119,6 +127,7 @@ func (k *keeper) begin(ctx context.Context) error {
 
 // end says that a build has ended.
 func (k *keeper) end() {
+	k.deferred.End()
 	k.mu.Lock()
 	k.builds--
 	k.mu.Unlock()
@@ -249,6 +258,8 @@ func (k *keeper) prune(ctx context.Context, must bool, rules ...client.PruneInfo
 // apply has the worker remove what the rules say, and the step cache what was for
 // it. The caller is in pruning.
 func (k *keeper) apply(ctx context.Context, rules []client.PruneInfo) error {
+	k.deferred.Begin()
+	defer k.deferred.End()
 	removed, counted := make(chan client.UsageInfo), make(chan struct{})
 	go func() {
 		defer close(counted)

@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/snapshot"
 )
 
 // slowWorker is a worker whose collections take a while, if they are not stopped.
@@ -42,12 +43,20 @@ func (w *slowWorker) DiskUsage(context.Context, client.DiskUsageInfo) ([]*client
 	return []*client.UsageInfo{{Size: w.used.Load()}, {Size: 1 << 40, Shared: true}}, nil
 }
 
+// deferredSync is of a directory that has no databases.
+func deferredSync(t *testing.T) *snapshot.DeferredSync {
+	s, _, err := snapshot.OpenDeferredSync(snapshot.DeferredSyncConfig{Root: t.TempDir()})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, s.Close()) })
+	return s
+}
+
 // keepSlowly keeps the cache of a slowWorker, of which no more than 100 bytes may be used.
 func keepSlowly(t *testing.T) (*keeper, *slowWorker) {
 	w := &slowWorker{}
 	w.takes.Store(int64(time.Minute))
 	keys := solver.NewCacheManager(context.Background(), "test", solver.NewInMemoryCacheStorage(), solver.NewInMemoryResultStorage())
-	return newKeeper(t.TempDir(), []client.PruneInfo{{}, {All: true, MaxUsedSpace: 100}}, 0, w, keys, func() {}), w
+	return newKeeper(t.TempDir(), []client.PruneInfo{{}, {All: true, MaxUsedSpace: 100}}, 0, w, keys, deferredSync(t), func() {}), w
 }
 
 // TestBuildsAndCollectionsTakeTurns has builds begin before, during and after
@@ -130,7 +139,7 @@ func TestCollectionsAreAMinuteApartAlsoOfTwoProcesses(t *testing.T) {
 		require.EqualValues(t, 1, w.begun.Load())
 		require.NoError(t, k.collected())
 		k.close()
-		again := newKeeper(k.root, k.policy, 0, w, k.keys, func() {})
+		again := newKeeper(k.root, k.policy, 0, w, k.keys, k.deferred, func() {})
 		defer again.close()
 		require.NoError(t, again.settle(context.Background()))
 		require.NoError(t, again.begin(context.Background()))
@@ -152,7 +161,7 @@ func TestClockThatWentBackStopsNoCollection(t *testing.T) {
 		future := time.Now().Add(365 * 24 * time.Hour)
 		require.NoError(t, os.Chtimes(k.stamp, future, future))
 		begun := w.begun.Load()
-		again := newKeeper(k.root, k.policy, 0, w, k.keys, func() {})
+		again := newKeeper(k.root, k.policy, 0, w, k.keys, k.deferred, func() {})
 		defer again.close()
 		time.Sleep(2 * settleTime)
 		require.Equal(t, begun+1, w.begun.Load())

@@ -50,6 +50,11 @@ type NodeConfig struct {
 	// they came here; nil: what holds for every step. It is asked before each step and
 	// must not block.
 	Rules func(Domain) StepRules
+	// Stays says that this process stays when its builds are over, as an agent does.
+	Stays bool
+	// OnLoss, if set, is told when the state was removed because the node had gone down
+	// before all of it was on the disk.
+	OnLoss func()
 	// Fetch says where sources by HTTP and git may come from and which registries may
 	// be reached, by address; nil: anything that this process can reach. A process
 	// may have one open Node with it.
@@ -74,6 +79,7 @@ type Node struct {
 	cfg       NodeConfig
 	frontends *frontendPolicy
 	store     *snapshot.Store
+	deferred  *snapshot.DeferredSync
 	runtimes  *runtimes
 	fetching  *fetching
 
@@ -102,14 +108,34 @@ func OpenNode(ctx context.Context, cfg NodeConfig) (_ *Node, err error) {
 	if err := freshTempDir(filepath.Join(cfg.Root, "tmp")); err != nil {
 		return nil, err
 	}
-	if n.store, err = snapshot.Open(ctx, filepath.Join(cfg.Root, "store")); err != nil {
+	if err := n.openStore(ctx); err != nil {
 		return nil, err
 	}
 	if n.fetching, err = openFetching(filepath.Join(cfg.Root, "tmp", "git"), cfg.Fetch); err != nil {
-		return nil, errors.Join(err, n.store.Close())
+		return nil, errors.Join(err, n.deferred.Close(), n.store.Close())
 	}
 	n.runtimes = newRuntimes(cfg)
 	return n, nil
+}
+
+// openStore opens the store, or a new one when the node went down before the last was
+// synced.
+func (n *Node) openStore(ctx context.Context) (err error) {
+	cfg := snapshot.DeferredSyncConfig{Root: n.cfg.Root, State: []string{"store", "domains", refsFile, keysFile, historyFile, collectedFile}, Files: n.cfg.Stays}
+	var lost bool
+	if n.deferred, lost, err = snapshot.OpenDeferredSync(cfg); err != nil {
+		return err
+	}
+	if lost && n.cfg.OnLoss != nil {
+		n.cfg.OnLoss()
+	}
+	if n.store, err = snapshot.Open(ctx, filepath.Join(n.cfg.Root, "store")); err != nil {
+		return errors.Join(err, n.deferred.Close())
+	}
+	if err := n.deferred.Add(n.store.Databases()...); err != nil {
+		return errors.Join(err, n.deferred.Close(), n.store.Close())
+	}
+	return nil
 }
 
 // fetchesOf returns what fetches for a domain, and the registries that it knows.
@@ -143,7 +169,7 @@ func (n *Node) Close() error {
 		errs = append(errs, open.engine.Close())
 	}
 	n.engines = nil
-	return errors.Join(append(errs, n.runtimes.close(), n.fetching.close(), n.store.Close())...)
+	return errors.Join(append(errs, n.runtimes.close(), n.fetching.close(), n.deferred.Close(), n.store.Close())...)
 }
 
 // checkedRoot returns root as an absolute path, and refuses one that cannot be

@@ -41,43 +41,61 @@ import (
 // historyEntries is how many finished builds the engine remembers.
 const historyEntries int64 = 50
 
-// newController assembles the solver of a domain whose own state is in dir, and what
-// keeps its cache within bounds.
-func (n *Node) newController(ctx context.Context, dir string, d Domain, images *imageStore) (*control.Controller, *keeper, error) {
+// Files of a domain's own state.
+const (
+	// refsFile has BuildKit's metadata of what is cached.
+	refsFile = "refs.db"
+	// keysFile has the keys of the step cache.
+	keysFile = "cache.db"
+	// historyFile has BuildKit's record of builds.
+	historyFile = "history.db"
+)
+
+// assemble gives e the solver of a domain whose own state is in dir, and what keeps its
+// cache within bounds.
+func (n *Node) assemble(ctx context.Context, e *Engine, dir string, d Domain) error {
 	sessions, err := session.NewManager()
 	if err != nil {
-		return nil, nil, fmt.Errorf("make session manager: %w", err)
+		return fmt.Errorf("make session manager: %w", err)
+	}
+	refs, err := metadata.NewStore(filepath.Join(dir, refsFile))
+	if err != nil {
+		return fmt.Errorf("open reference metadata: %w", err)
 	}
 	fetches, hosts := n.fetchesOf(d)
-	w, err := n.newWorker(ctx, dir, d, images, hosts)
+	w, err := n.newWorker(ctx, dir, d, e.images, hosts, refs)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	if err := fetches.sources(w, hosts); err != nil {
-		return nil, nil, err
+		return err
 	}
 	workers := &worker.Controller{}
 	warm := sync.OnceFunc(func() { n.runtimes.warm([]sandbox.Class{d.Sandbox}) })
 	steps := vertexWorker{w, n.runtimes.expected, warm}
 	if err := workers.Add(compressingWorker{policedWorker{steps, w, fetches, hosts}, &sync.Mutex{}}); err != nil {
-		return nil, nil, fmt.Errorf("add worker: %w", err)
+		return fmt.Errorf("add worker: %w", err)
 	}
 	frontends, err := n.frontends.frontends(workers.Infos(), newStepPolicy(n.cfg), d)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
+	cacheKeys, err := bboltcachestorage.NewStore(filepath.Join(dir, keysFile))
 	if err != nil {
-		return nil, nil, fmt.Errorf("open step cache: %w", err)
+		return fmt.Errorf("open step cache: %w", err)
 	}
 	keys := solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers))
-	history, err := boltutil.SafeOpen(filepath.Join(dir, "history.db"), 0o600, &bolt.Options{
+	history, err := boltutil.SafeOpen(filepath.Join(dir, historyFile), 0o600, &bolt.Options{
 		FreelistType: bolt.FreelistMapType, NoFreelistSync: true,
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("open build history: %w", err)
+		return fmt.Errorf("open build history: %w", err)
 	}
-	c, err := control.NewController(control.Opt{
+	e.databases = []snapshot.Database{refs.DB(), history}
+	if err := e.deferred.Add(e.databases...); err != nil {
+		return err
+	}
+	e.controller, err = control.NewController(control.Opt{
 		SessionManager:   sessions,
 		WorkerController: workers,
 		Frontends:        frontends,
@@ -102,19 +120,16 @@ func (n *Node) newController(ctx context.Context, dir string, d Domain, images *
 		GracefulStop:   ctx.Done(),
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("assemble engine: %w", err)
+		return fmt.Errorf("assemble engine: %w", err)
 	}
-	return c, newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), n.cfg.CollectInterval, steps, keys, func() { n.collector.start(n) }), nil
+	e.keeper = newKeeper(dir, gcPolicy(n.cfg.Root, n.cfg.Space), n.cfg.CollectInterval, steps, keys, n.deferred, func() { n.collector.start(n) })
+	return nil
 }
 
-func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore, hosts docker.RegistryHosts) (*base.Worker, error) {
+func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imageStore, hosts docker.RegistryHosts, refs *metadata.Store) (*base.Worker, error) {
 	id, err := base.ID(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read worker ID: %w", err)
-	}
-	md, err := metadata.NewStore(filepath.Join(dir, "refs.db"))
-	if err != nil {
-		return nil, fmt.Errorf("open reference metadata: %w", err)
 	}
 	store, content := n.store, images.content
 	owned := domainLeases{Manager: ctdmetadata.NewLeaseManager(store.DB), domain: d.key()}
@@ -139,13 +154,13 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		RegistryHosts:   hosts,
 		LeaseManager:    leaseutil.WithNamespace(owned, snapshot.Namespace),
 		GarbageCollect:  collectGarbage(store.DB),
-		MetadataStore:   md,
+		MetadataStore:   refs,
 		MountPoolRoot:   filepath.Join(dir, "mounts"),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("assemble worker: %w", err)
 	}
-	if err := owned.deleteOrphans(namespaces.WithNamespace(ctx, snapshot.Namespace), md); err != nil {
+	if err := owned.deleteOrphans(namespaces.WithNamespace(ctx, snapshot.Namespace), refs); err != nil {
 		return nil, err
 	}
 	return w, nil

@@ -79,6 +79,9 @@ func run(ctx context.Context, cfg *config.Agent, log *slog.Logger) (err error) {
 	node, err := engine.OpenNode(context.WithoutCancel(ctx), engine.NodeConfig{
 		Root: cfg.Root, RunscPath: runsc, Frontends: cfg.Frontends,
 		Lender: runtime, Space: space(cfg.GC, disk), Fetch: fetch, Rules: stepRules(policies), OnStep: nodeengine.Reporter(steps),
+		Stays: true, OnLoss: func() {
+			log.Warn("the node went down before the build cache was on its disk: the cache was removed", "root", cfg.Root)
+		},
 	})
 	if err != nil {
 		return fmt.Errorf("open engines: %w", err)

@@ -24,7 +24,7 @@ func startEngine(ctx context.Context, cfg cli.EngineConfig) (cli.Engine, error) 
 	}
 	e, err := engine.New(ctx, engine.Config{
 		NodeConfig: engine.NodeConfig{
-			Root: cfg.Root, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends,
+			Root: cfg.Root, RunscPath: cfg.RunscPath, Frontends: cfg.Frontends, OnLoss: cfg.OnLoss,
 			OnStep: func(r engine.StepReport) {
 				if r.Result != nil {
 					cfg.OnStep(r.Vertex.String(), stepusage.Of(r.Result))

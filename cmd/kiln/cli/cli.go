@@ -48,6 +48,9 @@ type EngineConfig struct {
 	// OnStep is told what a step used, by its digest, before its end is in the progress.
 	// It is called concurrently.
 	OnStep func(vertex string, u *agentv1.StepUsage)
+	// OnLoss is told, before Start returns, when Root was emptied because the machine had
+	// gone down before all of it was on the disk.
+	OnLoss func()
 }
 
 // App is the command with what it takes from the process around it.

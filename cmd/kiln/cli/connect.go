@@ -91,7 +91,9 @@ func (a *App) connect(ctx context.Context, t *target) (_ *client.Client, release
 	if err != nil {
 		return nil, nil, err
 	}
-	cfg := EngineConfig{Root: root, Sandbox: class, RunscPath: findTool("runsc"), Frontends: t.frontends, OnStep: a.used.note}
+	cfg := EngineConfig{Root: root, Sandbox: class, RunscPath: findTool("runsc"), Frontends: t.frontends, OnStep: a.used.note, OnLoss: func() {
+		fmt.Fprintf(a.Stderr, "kiln: the machine went down before the cache in %s was on its disk: the cache was removed\n", root)
+	}}
 	e, err := a.Start(ctx, cfg)
 	if err != nil {
 		return nil, nil, errors.Join(err, unlock())
