@@ -64,16 +64,21 @@ func busyboxBase(in *inputs) map[string]string { return map[string]string{"base"
 func gccBase(in *inputs) map[string]string     { return map[string]string{"base": in.gcc} }
 
 func workloads() []workload {
-	var steps, stages, last strings.Builder
+	var steps, stages, short, last strings.Builder
 	steps.WriteString("FROM base\n")
 	for i := range 20 {
 		fmt.Fprintf(&steps, "RUN echo step %d\n", i)
 	}
 	for i := range 8 {
 		fmt.Fprintf(&stages, "FROM base AS s%d\nRUN i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo $i > /out%d\n", i, i)
+		fmt.Fprintf(&short, "FROM base AS s%d\n", i)
+		for j := range 5 {
+			fmt.Fprintf(&short, "RUN echo step %d >> /out%d\n", j, i)
+		}
 		fmt.Fprintf(&last, "COPY --from=s%d /out%d /\n", i, i)
 	}
 	stages.WriteString("FROM base\n" + last.String())
+	short.WriteString("FROM base\n" + last.String())
 	copyFiles := "FROM base\nCOPY data /data\nRUN echo done\n"
 	files := func(in *inputs) string { return in.files }
 	small := "FROM base\n" + strings.Join(strings.SplitAfter(steps.String(), "\n")[1:11], "") + "COPY src /src\nRUN cd /src && make -s -j2\n"
@@ -83,7 +88,8 @@ func workloads() []workload {
 		{name: "start", about: "one cached step: what a build costs before any work", base: busyboxBase, dockerfile: "FROM base\nRUN echo hello\n"},
 		{name: "steps", about: "20 RUN steps, no cache", base: busyboxBase, dockerfile: steps.String(), noCache: true},
 		{name: "cached", about: "20 RUN steps, all cached", base: busyboxBase, dockerfile: steps.String()},
-		{name: "stages", about: "8 parallel stages, no cache", base: busyboxBase, dockerfile: stages.String(), noCache: true},
+		{name: "stages", about: "8 parallel stages that compute, no cache", base: busyboxBase, dockerfile: stages.String(), noCache: true},
+		{name: "stages-steps", about: "8 parallel stages of 5 RUN steps, no cache", base: busyboxBase, dockerfile: short.String(), noCache: true},
 		{name: "compile", about: "120 C files, make -j2, no cache", base: gccBase, dockerfile: "FROM base\nCOPY src /src\nRUN cd /src && make -s -j2\n",
 			context: func(in *inputs) string { return in.csource }, noCache: true},
 		{name: "four", about: "4 builds at once, each 10 short steps and 12 C files, make -j2, no cache", base: gccBase, dockerfile: small, noCache: true, fill: smallSource, atOnce: 4},

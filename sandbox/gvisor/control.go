@@ -27,12 +27,8 @@ const (
 )
 
 // containerID is the ID of the sandbox's own container, and of the sandbox. It is
-// short because the path of the control socket holds it. stepID is the ID of the
-// step's container.
-const (
-	containerID = "s"
-	stepID      = "step"
-)
+// short because the path of the control socket holds it.
+const containerID = "s"
 
 // control calls the control server of one sandbox: JSON over a unix socket, with
 // descriptors beside the first byte. Every call has a connection of its own, so

@@ -76,6 +76,7 @@ type Runtime struct {
 // running is a step whose process can have company.
 type running struct {
 	ctl        control
+	container  string
 	rootfs     string
 	noNewPrivs bool
 	ended      <-chan struct{}

@@ -205,7 +205,7 @@ func (s *stdio) finish() {
 func (s *stepRun) runProcess(ctx context.Context, started func()) (*sandbox.Result, error) {
 	ended := make(chan struct{})
 	defer close(ended)
-	run := &running{ctl: s.box.ctl, rootfs: s.rootfs, noNewPrivs: s.noNewPrivs, ended: ended}
+	run := &running{ctl: s.box.ctl, container: s.container, rootfs: s.rootfs, noNewPrivs: s.noNewPrivs, ended: ended}
 	return run.process(ctx, &s.step.Process, s.startContainer, func(io *stdio) {
 		s.copies = io
 		s.r.set(s.step.ID, run)
@@ -218,7 +218,7 @@ func (s *stepRun) runProcess(ctx context.Context, started func()) (*sandbox.Resu
 // startContainer starts the step's container with the given streams. Its first
 // process is named by 0.
 func (s *stepRun) startContainer(ctx context.Context, guest []*os.File) (int32, error) {
-	args := startArgs{Spec: s.spec, CID: stepID, GoferMountConfs: s.confs}
+	args := startArgs{Spec: s.spec, CID: s.container, GoferMountConfs: s.confs}
 	files := append([]*os.File{}, guest...)
 	if s.step.Process.Terminal {
 		files = files[:1]
@@ -276,7 +276,7 @@ func (r *running) exec(ctx context.Context, p *sandbox.Process, ids sandbox.User
 		Argv: p.Args, Envv: p.Env, WorkingDirectory: p.Cwd,
 		KUID: ids.UID, KGID: ids.GID, ExtraKGIDs: ids.Groups,
 		NoNewPrivileges: r.noNewPrivs, Capabilities: caps, StdioIsPty: p.Terminal,
-		GuestFDs: []int{0, 1, 2}, ContainerID: stepID,
+		GuestFDs: []int{0, 1, 2}, ContainerID: r.container,
 	}
 	var pid int32
 	err = r.ctl.call(ctx, methodExec, args, guest, &pid)
@@ -303,9 +303,9 @@ func (r *running) process(ctx context.Context, p *sandbox.Process, start func(co
 	relay.Go(func() { r.relay(waitCtx, p, pid, streams) })
 	var status uint32
 	if pid == 0 {
-		err = r.ctl.call(ctx, methodWait, stepID, nil, &status)
+		err = r.ctl.call(ctx, methodWait, r.container, nil, &status)
 	} else {
-		err = r.ctl.call(ctx, methodWaitPID, waitArgs{PID: pid, CID: stepID}, nil, &status)
+		err = r.ctl.call(ctx, methodWaitPID, waitArgs{PID: pid, CID: r.container}, nil, &status)
 	}
 	stop()
 	relay.Wait()
@@ -315,7 +315,7 @@ func (r *running) process(ctx context.Context, p *sandbox.Process, start func(co
 			// sandbox.
 			killCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
-			_ = r.ctl.call(killCtx, methodSignal, signalArgs{CID: stepID, Signo: int32(unix.SIGKILL), PID: pid}, nil, nil)
+			_ = r.ctl.call(killCtx, methodSignal, signalArgs{CID: r.container, Signo: int32(unix.SIGKILL), PID: pid}, nil, nil)
 		}
 		return nil, err
 	}
@@ -362,5 +362,5 @@ func (r *running) relay(ctx context.Context, p *sandbox.Process, pid int32, stre
 
 // signal sends a signal; a process that has just ended is no error.
 func (r *running) signal(ctx context.Context, pid int32, sig syscall.Signal, mode int) {
-	_ = r.ctl.call(ctx, methodSignal, signalArgs{CID: stepID, Signo: int32(sig), PID: pid, Mode: mode}, nil, nil)
+	_ = r.ctl.call(ctx, methodSignal, signalArgs{CID: r.container, Signo: int32(sig), PID: pid, Mode: mode}, nil, nil)
 }

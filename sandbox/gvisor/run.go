@@ -94,7 +94,11 @@ func (s *stepRun) run(ctx context.Context, started func()) (*sandbox.Result, err
 // enter prepares the sandbox for the step. One that the step succeeds another in has the
 // same limits and network already.
 func (s *stepRun) enter() error {
-	s.tmp = filepath.Join(s.box.tmp, strconv.Itoa(s.box.steps))
+	n := strconv.Itoa(s.box.steps)
+	s.tmp = filepath.Join(s.box.tmp, n)
+	// runsc ends a container by its ID when the connections of its mounts have gone, and
+	// may see only now that those of the step before have.
+	s.container = "step" + n
 	first := s.box.steps == 0
 	s.box.steps++
 	s.next = successorOf(s.step)
@@ -127,6 +131,8 @@ type stepRun struct {
 	r    *Runtime
 	step *sandbox.Step
 	box  *box
+	// container is the ID of the step's container.
+	container string
 	// tmp is where the node sees what the sandbox is shown.
 	tmp string
 	// next is what a successor must be, and kept tells that the sandbox could have it.
@@ -186,7 +192,7 @@ func (s *stepRun) collect(ctx context.Context, keep bool) error {
 	sent := make(chan error, 1)
 	var reply layerReply
 	go func() {
-		err := s.box.ctl.call(ctx, methodLayer, layerArgs{stepID, keep}, []*os.File{w}, &reply)
+		err := s.box.ctl.call(ctx, methodLayer, layerArgs{s.container, keep}, []*os.File{w}, &reply)
 		w.Close()
 		sent <- err
 	}()

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/egress"
@@ -84,6 +85,30 @@ touch /dev/mine /dev/shm/mine /scratch/mine; leave; echo again; leave
 	require.EqualValues(t, 1, e.r.boxes.Load())
 	require.Eventually(t, func() bool { return len(e.parked()) == 0 }, 2*patience, 10*time.Millisecond, "it waits no longer")
 	require.Eventually(t, func() bool { return len(sandboxProcesses(t, e.r.cfg.StateDir)) == 0 }, 5*time.Second, 10*time.Millisecond)
+}
+
+// TestSuccessorHasAContainerOfItsOwn ends the container of a step while the next one runs in
+// its sandbox. runsc does so when it notices that the connections of the container's mounts
+// have gone, which may be that late.
+func TestSuccessorHasAContainerOfItsOwn(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	c := e.chain("a")
+	var container string
+	run := func(script string, started func(*running)) {
+		step := c.step(script)
+		var out bytes.Buffer
+		step.Process.Stdout, step.Process.Stderr = &out, &out
+		res, err := e.r.Run(context.Background(), step, func() { started(e.r.lookup(step.ID)) })
+		require.NoError(t, err)
+		require.Zero(t, res.ExitCode, out.String())
+	}
+	run("true", func(r *running) { container = r.container })
+	run("sleep 0.3", func(r *running) {
+		const all = 1 // DeliverToAllProcesses
+		args := signalArgs{CID: container, Signo: int32(unix.SIGKILL), Mode: all}
+		_ = r.ctl.call(context.Background(), methodSignal, args, nil, nil) // there is no such container
+	})
+	require.EqualValues(t, 1, e.r.boxes.Load())
 }
 
 // TestNoSuccessor has steps that must have a sandbox of their own.
