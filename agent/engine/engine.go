@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 
@@ -40,9 +41,11 @@ type Engine struct {
 	// databases are those that deferred has synced.
 	databases []snapshot.Database
 	deferred  *snapshot.DeferredSync
-	server    *grpc.Server
-	listener  *bufconn.Listener
-	served    chan error
+	// opened is what the controller closes, if there is one.
+	opened   []io.Closer
+	server   *grpc.Server
+	listener *bufconn.Listener
+	served   chan error
 	// conn is made at the first call that is forwarded.
 	connOnce sync.Once
 	conn     *grpc.ClientConn
@@ -92,7 +95,7 @@ func (n *Node) newEngine(ctx context.Context, dir string, d Domain) (_ *Engine, 
 	}
 	e.server = grpc.NewServer(
 		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, e.keeper.intercept),
-		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
+		grpc.ChainStreamInterceptor(grpcerrors.StreamServerInterceptor, e.keeper.interceptStream),
 		grpc.MaxRecvMsgSize(maxMessageSize), grpc.MaxSendMsgSize(maxMessageSize),
 	)
 	e.controller.Register(e.server)
@@ -133,7 +136,10 @@ func (e *Engine) Close() error {
 	}
 	errs = append(errs, e.deferred.Remove(e.databases...))
 	if e.controller != nil {
-		errs = append(errs, e.controller.Close())
+		e.opened = []io.Closer{e.controller}
+	}
+	for _, c := range e.opened {
+		errs = append(errs, c.Close())
 	}
 	if e.node != nil {
 		errs = append(errs, e.node.Close())

@@ -29,6 +29,16 @@ func (k *keeper) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo
 	return next(ctx, req)
 }
 
+// interceptStream has what prunes the cache commit as builds do. It is a
+// grpc.StreamServerInterceptor.
+func (k *keeper) interceptStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if info.FullMethod == controlapi.Control_Prune_FullMethodName {
+		k.deferred.Begin()
+		defer k.deferred.End()
+	}
+	return next(srv, ss)
+}
+
 // rules returns the policy as BuildKit's API has it.
 func (k *keeper) rules() []*apitypes.GCPolicy {
 	out := make([]*apitypes.GCPolicy, len(k.policy))

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/moby/buildkit/client"
 	"github.com/stretchr/testify/require"
@@ -48,4 +49,34 @@ func TestANodeThatWentDownBeginsAnew(t *testing.T) {
 		require.Greater(t, usedSpace(t, c), int64(1<<20))
 	})
 	require.Equal(t, 1, losses)
+}
+
+// TestEngineThatDoesNotOpenHoldsNothing opens it again when what was wrong is mended: its
+// databases are locked while they are open.
+func TestEngineThatDoesNotOpenHoldsNothing(t *testing.T) {
+	t.Setenv("TMPDIR", os.TempDir())
+	n, err := OpenNode(context.Background(), NodeConfig{Root: t.TempDir()})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, n.Close()) }()
+	d := Domain{Tenant: "a", Sandbox: sandbox.Userns}
+	id := filepath.Join(n.domainDir(d), "workerid")
+	require.NoError(t, os.MkdirAll(id, 0o700))
+	_, _, err = n.Engine(context.Background(), d)
+	require.ErrorContains(t, err, "workerid")
+
+	require.NoError(t, os.Remove(id))
+	opened := make(chan error, 1)
+	go func() {
+		_, release, err := n.Engine(context.Background(), d)
+		if err == nil {
+			release()
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		require.NoError(t, err)
+	case <-time.After(time.Minute):
+		t.Fatal("it does not open")
+	}
 }

@@ -62,6 +62,7 @@ func (n *Node) assemble(ctx context.Context, e *Engine, dir string, d Domain) er
 	if err != nil {
 		return fmt.Errorf("open reference metadata: %w", err)
 	}
+	e.opened = append(e.opened, refs)
 	fetches, hosts := n.fetchesOf(d)
 	w, err := n.newWorker(ctx, dir, d, e.images, hosts, refs)
 	if err != nil {
@@ -84,6 +85,7 @@ func (n *Node) assemble(ctx context.Context, e *Engine, dir string, d Domain) er
 	if err != nil {
 		return fmt.Errorf("open step cache: %w", err)
 	}
+	e.opened = append(e.opened, cacheKeys)
 	keys := solver.NewCacheManager(ctx, "local", cacheKeys, worker.NewCacheResultStorage(workers))
 	history, err := boltutil.SafeOpen(filepath.Join(dir, historyFile), 0o600, &bolt.Options{
 		FreelistType: bolt.FreelistMapType, NoFreelistSync: true,
@@ -91,6 +93,7 @@ func (n *Node) assemble(ctx context.Context, e *Engine, dir string, d Domain) er
 	if err != nil {
 		return fmt.Errorf("open build history: %w", err)
 	}
+	e.opened = append(e.opened, history)
 	e.databases = []snapshot.Database{refs.DB(), history}
 	if err := e.deferred.Add(e.databases...); err != nil {
 		return err
