@@ -24,7 +24,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/log"
@@ -67,6 +69,18 @@ var messages *os.File
 // one sandbox: it opens descriptors that a program started meanwhile would inherit.
 var gvisor sync.Mutex
 
+// The descriptors that a sandbox makes its standard streams: startingStdioFD of gVisor's
+// loader and those after it.
+const firstStdio, lastStdio = 253, 255
+
+// collectEvery is after how many sandboxes garbage is collected. The process makes so
+// little that it would not be for hundreds of them, and each leaves descriptors that
+// only the collector closes: gVisor's code expects to start one.
+const collectEvery = 32
+
+// ended counts the sandboxes that have ended.
+var ended atomic.Int32
+
 func runStarter() int {
 	log.SetTarget(log.GoogleEmitter{Writer: &log.Writer{Next: io.Discard}})
 	// The containers get these as their own; messages have another descriptor.
@@ -75,10 +89,23 @@ func runStarter() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 128
 	}
+	// A sandbox inherits some of the descriptors that gVisor's code opens here, and does
+	// not start if one of them has such a number.
+	for fd := firstStdio; fd <= lastStdio; fd++ {
+		if err := unix.Dup3(int(null.Fd()), fd, unix.O_CLOEXEC); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 128
+		}
+	}
 	messages = os.Stderr
+	// The collector closes files that nothing refers to, and their descriptors would be
+	// those of something else then.
+	defer runtime.KeepAlive([]*os.File{os.Stdin, os.Stdout})
 	os.Stdin, os.Stdout, os.Stderr = null, null, null
 	unix.CloseOnExec(3)
-	conn, err := net.FileConn(os.NewFile(3, "requests"))
+	socket := os.NewFile(3, "requests")
+	conn, err := net.FileConn(socket)
+	socket.Close()
 	if err != nil {
 		fmt.Fprintln(messages, err)
 		return 128
@@ -88,7 +115,6 @@ func runStarter() int {
 		fmt.Fprintln(messages, "descriptor 3 is not a unix socket")
 		return 128
 	}
-	unix.Close(3)
 	data, rights := make([]byte, 1<<16), make([]byte, unix.CmsgSpace(4))
 	for {
 		n, oob, _, _, err := requests.ReadMsgUnix(data, rights)
@@ -166,6 +192,9 @@ func handleStart(request []byte, answer *net.UnixConn) {
 		defer gvisor.Unlock()
 		if err := c.Destroy(); err != nil {
 			fmt.Fprintf(messages, "end sandbox: %v\n", err)
+		}
+		if ended.Add(1)%collectEvery == 0 {
+			runtime.GC()
 		}
 	}()
 }
