@@ -9,6 +9,9 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kiln-build/kiln/sandbox"
+	"github.com/kiln-build/kiln/sandbox/netns/netnstest"
 )
 
 // TestManySandboxes has the same processes start many sandboxes.
@@ -37,4 +40,43 @@ func TestManySandboxes(t *testing.T) {
 			require.NotZero(t, n&0o2000000, "a sandbox would inherit descriptor %d", fd)
 		}
 	}
+}
+
+// TestSandboxesHaveNoDescriptorsOfOthers has sandboxes with a network, which they reach by
+// sockets of their own.
+func TestSandboxesHaveNoDescriptorsOfOthers(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	e.r.cfg.Networks = netnstest.Networks(t, netnstest.Allow(t))
+	var sockets []int
+	for range 8 {
+		step := e.step("true")
+		step.Network = sandbox.NetworkEgress
+		n := 0
+		_, err := e.r.Run(t.Context(), step, func() { n = sandboxSockets(t, e.r.cfg.StateDir) })
+		require.NoError(t, err)
+		e.settle()
+		sockets = append(sockets, n)
+	}
+	require.NotZero(t, sockets[0])
+	require.Equal(t, sockets[0], sockets[len(sockets)-1], "of each sandbox: %v", sockets)
+}
+
+// sandboxSockets counts the sockets of the only sandbox with state in dir.
+func sandboxSockets(t *testing.T, dir string) (n int) {
+	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	require.NoError(t, err)
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil || !strings.HasPrefix(string(data), "runsc-sandbox\x00") || !strings.Contains(string(data), dir+"/") {
+			continue
+		}
+		links, err := filepath.Glob(filepath.Join(filepath.Dir(name), "fd", "*"))
+		require.NoError(t, err)
+		for _, link := range links {
+			if to, err := os.Readlink(link); err == nil && strings.HasPrefix(to, "socket:") {
+				n++
+			}
+		}
+	}
+	return n
 }

@@ -22,6 +22,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
@@ -228,6 +229,11 @@ func startSandbox(data []byte) (_ *container.Container, pidfd int, err error) {
 		return nil, -1, err
 	}
 	defer program.Close()
+	// gVisor's code opens descriptors that a program inherits, as the sockets with which a
+	// sandbox reaches its network. No other sandbox may have them.
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, -1, fmt.Errorf("keep descriptors to this process: %w", err)
+	}
 	// What is started now is where we are. All threads have to be there: gVisor's code
 	// does not start the sandbox from this one.
 	defer func() {
