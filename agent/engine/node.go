@@ -50,7 +50,8 @@ type NodeConfig struct {
 	// they came here; nil: what holds for every step. It is asked before each step and
 	// must not block.
 	Rules func(Domain) StepRules
-	// Stays says that this process stays when its builds are over, as an agent does.
+	// Stays says that this process stays when its builds are over, as an agent does: it has
+	// the time to sync the files of layers too, and not the databases alone.
 	Stays bool
 	// OnLoss, if set, is told when the state was removed because the node had gone down
 	// before all of it was on the disk.
