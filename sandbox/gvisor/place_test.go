@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -81,4 +82,59 @@ func TestManyProcesses(t *testing.T) {
 i=0; while [ $i -lt 150 ]; do { read -r line </wait; test -e /sh; echo $i; } & i=$((i+1)); done
 exec 3<>/wait; i=0; while [ $i -lt 150 ]; do echo >&3; i=$((i+1)); done; wait`))
 	require.Len(t, strings.Fields(out), 150)
+}
+
+// TestMonitorSleepsLonger looks at the thread of a sandbox that takes care of goroutines
+// in the kernel, while programs in turn compute and ask for something.
+func TestMonitorSleepsLonger(t *testing.T) {
+	e := newEnvWith(t, Config{Prepared: -1})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.r.Run(ctx, e.step(`work() { while test ! -e /stop; do i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; done; }
+work & work & work & work & wait`), nil)
+		done <- err
+	}()
+	var relaxed, exact int
+	var woke string
+	require.Eventually(t, func() bool {
+		relaxed, exact = 0, 0
+		for _, process := range sentries(t, e.r.cfg.StateDir) {
+			threads, err := os.ReadDir(filepath.Join(process, "task"))
+			require.NoError(t, err)
+			for _, thread := range threads {
+				slack, err := os.ReadFile(filepath.Join("/proc", thread.Name(), "timerslack_ns"))
+				switch {
+				case err == nil && string(slack) == "5000000\n":
+					relaxed++
+					woke = filepath.Join("/proc", thread.Name(), "status")
+				case err == nil && string(slack) == "50000\n":
+					exact++
+				}
+			}
+		}
+		return relaxed > 0
+	}, time.Minute, 20*time.Millisecond)
+	require.Equal(t, 1, relaxed)
+	require.Greater(t, exact, 2)
+	before, begin := wakeUps(t, woke), time.Now()
+	time.Sleep(2 * time.Second)
+	n := float64(wakeUps(t, woke)-before) / time.Since(begin).Seconds()
+	t.Logf("%.0f times a second", n)
+	require.Greater(t, n, 20., "this is not the monitor")
+	require.Less(t, n, 500.)
+	cancel()
+	require.ErrorIs(t, <-done, context.Canceled)
+}
+
+// wakeUps is how often a thread has slept.
+func wakeUps(t *testing.T, status string) (n int) {
+	data, err := os.ReadFile(status)
+	require.NoError(t, err)
+	_, count, found := strings.Cut(string(data), "\nvoluntary_ctxt_switches:")
+	require.True(t, found)
+	n, err = strconv.Atoi(strings.Fields(count)[0])
+	require.NoError(t, err)
+	return n
 }

@@ -61,16 +61,23 @@ func TestSandboxesHaveNoDescriptorsOfOthers(t *testing.T) {
 	require.Equal(t, sockets[0], sockets[len(sockets)-1], "of each sandbox: %v", sockets)
 }
 
-// sandboxSockets counts the sockets of the only sandbox with state in dir.
-func sandboxSockets(t *testing.T, dir string) (n int) {
+// sentries returns the directories in /proc of the sandboxes with state in dir.
+func sentries(t *testing.T, dir string) (processes []string) {
 	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	require.NoError(t, err)
 	for _, name := range names {
 		data, err := os.ReadFile(name)
-		if err != nil || !strings.HasPrefix(string(data), "runsc-sandbox\x00") || !strings.Contains(string(data), dir+"/") {
-			continue
+		if err == nil && strings.HasPrefix(string(data), "runsc-sandbox\x00") && strings.Contains(string(data), dir+"/") {
+			processes = append(processes, filepath.Dir(name))
 		}
-		links, err := filepath.Glob(filepath.Join(filepath.Dir(name), "fd", "*"))
+	}
+	return processes
+}
+
+// sandboxSockets counts the sockets of the only sandbox with state in dir.
+func sandboxSockets(t *testing.T, dir string) (n int) {
+	for _, process := range sentries(t, dir) {
+		links, err := filepath.Glob(filepath.Join(process, "fd", "*"))
 		require.NoError(t, err)
 		for _, link := range links {
 			if to, err := os.Readlink(link); err == nil && strings.HasPrefix(to, "socket:") {

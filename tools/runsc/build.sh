@@ -8,7 +8,8 @@
 # overlay asks before it drops a file or a directory (overlay/keep.go); and where nobody
 # spins (--systrap-disable-fast-path) a task waits for its program in the kernel at
 # once, not first in the queue of the goroutine that would spin for all, and on the
-# same processor (systrap/place.go), for which the sentry may bind threads.
+# same processor (systrap/place.go), for which the sentry may bind threads; and more
+# goroutines may run at once than there are processors (gomaxprocs/spare.go).
 set -eu
 cd "$(dirname "$0")"
 out=$1
@@ -28,6 +29,7 @@ cp go.mod "$src/go.mod"
 $go mod edit -replace "gvisor.dev/gvisor=$src/gvisor" "$src/go.mod"
 
 (cd "$src/gvisor" && GIT_CEILING_DIRECTORIES=$src git apply "$OLDPWD/sentry/changes.patch")
+cp sentry/gomaxprocs/spare.go "$src/gvisor/pkg/gomaxprocs/kiln_spare.go"
 cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
 cp sentry/systrap/place.go "$src/gvisor/pkg/sentry/platform/systrap/kiln_place.go"
 
