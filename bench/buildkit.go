@@ -70,10 +70,15 @@ func (b *buildkitPeer) Close() error {
 	if err := b.daemon.Close(); err != nil || b.mounted == "" {
 		return err
 	}
-	if err := unix.Unmount(b.mounted, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("unmount %s: %w", b.mounted, err)
+	// Sandboxes that started at the same time have each mounted it.
+	for {
+		switch err := unix.Unmount(b.mounted, unix.MNT_DETACH); {
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
+			return nil
+		case err != nil:
+			return fmt.Errorf("unmount %s: %w", b.mounted, err)
+		}
 	}
-	return nil
 }
 
 func (b *buildkitPeer) Reset(ctx context.Context) error {
