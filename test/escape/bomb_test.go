@@ -27,9 +27,12 @@ var bombLimits = sandbox.Limits{
 	CPUMillis: 500, MemoryBytes: 256 << 20, PIDs: 200, OpenFiles: 256, DiskBytes: 64 << 20, Inodes: 2000, LogBytes: 1 << 20,
 }
 
-// overshoot is how many megabytes more than its limit a step may have on disk for a
-// moment: with the class userns it is the node that counts.
-const overshoot = 64
+// A step may have more than its limit on disk for a moment: with the class userns it is
+// the node that counts, and a node whose processors are taken counts late.
+const (
+	overshoot      = 64   // megabytes
+	overshootFiles = 2000 // reported by the thousand
+)
 
 // bomb is an attack that takes all it gets of something, at most Most.
 type bomb struct {
@@ -49,7 +52,7 @@ var exhaustions = map[string]bomb{
 	"memory":    {Kind: "memory", Most: 600, Limit: bombLimits.MemoryBytes >> 20, Error: `out of memory|exit code: 137`, Free: 600},
 	"files":     {Kind: "files", Most: 2000, Limit: bombLimits.OpenFiles, Error: `exit code: 1`, Free: 2000},
 	"disk":      {Kind: "disk", Most: 160, Limit: bombLimits.DiskBytes>>20 + overshoot, Error: `disk|exit code`, Free: 160},
-	"inodes":    {Kind: "inodes", Most: 6000, Limit: bombLimits.Inodes, Error: `inode|exit code`, Free: 6000},
+	"inodes":    {Kind: "inodes", Most: 6000, Limit: bombLimits.Inodes + overshootFiles, Error: `inode|exit code`, Free: 6000},
 }
 
 func exhaustion(id, threat, without string, s severity) entry {
