@@ -75,6 +75,64 @@ func TestProgramsArePlaced(t *testing.T) {
 	}
 }
 
+// TestTaskKeepsItsThread looks at which threads of a sandbox work for a program that asks
+// for something all the time, after it has started another one.
+func TestTaskKeepsItsThread(t *testing.T) {
+	if runtime.NumCPU() == 1 || runtime.NumCPU() > fewCPUs {
+		t.Logf("programs are not placed on %d processors: any thread may work for one", runtime.NumCPU())
+		return
+	}
+	e := newEnvWith(t, Config{Prepared: -1})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.r.Run(ctx, e.step("for i in 1 2 3 4 5; do busybox true; done; while test ! -e /stop; do i=$((i+1)); done"), nil)
+		done <- err
+	}()
+	var process string
+	require.Eventually(t, func() bool {
+		found := sentries(t, e.r.cfg.StateDir)
+		if len(found) == 1 {
+			process = found[0]
+		}
+		return process != ""
+	}, time.Minute, 50*time.Millisecond)
+	time.Sleep(2 * time.Second)
+	before := threadTimes(t, process)
+	time.Sleep(4 * time.Second)
+	var most, all int
+	for thread, ticks := range threadTimes(t, process) {
+		ticks -= before[thread]
+		most, all = max(most, ticks), all+ticks
+	}
+	cancel()
+	require.ErrorIs(t, <-done, context.Canceled)
+	t.Logf("%d of %d hundredths of a second", most, all)
+	require.Greater(t, all, 20, "the sandbox has nothing to do")
+	require.Greater(t, most, all*8/10)
+}
+
+// threadTimes is how long each thread of a process has worked, in hundredths of a second.
+func threadTimes(t *testing.T, process string) map[string]int {
+	names, err := filepath.Glob(filepath.Join(process, "task", "*", "stat"))
+	require.NoError(t, err)
+	times := map[string]int{}
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+		for _, field := range fields[11:13] {
+			ticks, err := strconv.Atoi(field)
+			require.NoError(t, err)
+			times[name] += ticks
+		}
+	}
+	return times
+}
+
 // TestManyProcesses has more processes at once than are placed.
 func TestManyProcesses(t *testing.T) {
 	e := newEnvWith(t, Config{Prepared: -1})

@@ -8,8 +8,11 @@
 # overlay asks before it drops a file or a directory (overlay/keep.go); and where nobody
 # spins (--systrap-disable-fast-path) a task waits for its program in the kernel at
 # once, not first in the queue of the goroutine that would spin for all, and on the
-# same processor (systrap/place.go), for which the sentry may bind threads; and more
-# goroutines may run at once than there are processors (gomaxprocs/spare.go).
+# same processor (systrap/place.go), for which the sentry may bind threads, and on the same
+# thread of the sentry, also after a new address space was made; more goroutines may run
+# at once than there are processors (gomaxprocs/spare.go); memory that a program gave back
+# goes to the next one (pgalloc/waste.go); and what a program is about to use is mapped
+# before it asks (mm/map.go).
 set -eu
 cd "$(dirname "$0")"
 out=$1
@@ -31,6 +34,8 @@ $go mod edit -replace "gvisor.dev/gvisor=$src/gvisor" "$src/go.mod"
 (cd "$src/gvisor" && GIT_CEILING_DIRECTORIES=$src git apply "$OLDPWD/sentry/changes.patch")
 cp sentry/gomaxprocs/spare.go "$src/gvisor/pkg/gomaxprocs/kiln_spare.go"
 cp sentry/overlay/keep.go "$src/gvisor/pkg/sentry/fsimpl/overlay/kiln_keep.go"
+cp sentry/mm/map.go "$src/gvisor/pkg/sentry/mm/kiln_map.go"
+cp sentry/pgalloc/waste.go "$src/gvisor/pkg/sentry/pgalloc/kiln_waste.go"
 cp sentry/systrap/place.go "$src/gvisor/pkg/sentry/platform/systrap/kiln_place.go"
 
 mkdir "$src/gvisor/runsc/kilnfilters"
@@ -41,7 +46,7 @@ $go run -modfile="$src/go.mod" -trimpath gvisor.dev/gvisor/runsc/kilnfilters "$s
 rm "$src/gvisor/runsc/boot/filter/config/kiln_compile.go" "$src/gvisor/pkg/sentry/platform/systrap/kiln_compile.go"
 
 mkdir "$src/gvisor/kilnstart"
-cp sentry/kilnstart/start.go "$src/gvisor/kilnstart/"
+cp sentry/kilnstart/*.go "$src/gvisor/kilnstart/"
 cp sentry/seccheck/points.go "$src/gvisor/pkg/sentry/seccheck/kiln_points.go"
 cp sentry/boot/step.go "$src/gvisor/runsc/boot/kiln_step.go"
 cp sentry/kernel/step.go "$src/gvisor/pkg/sentry/kernel/kiln_step.go"

@@ -145,6 +145,7 @@ func (cm *containerManager) StepLayer(args *StepLayerArgs, reply *StepLayerReply
 		mntns.DecRef(ctx)
 		overlay.StepForget(ctx)
 		reply.Kept = cm.stepForget(ctx)
+		cm.l.k.MemoryFile().StepRelease()
 	}
 	return nil
 }

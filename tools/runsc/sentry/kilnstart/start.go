@@ -18,9 +18,7 @@ package kilnstart
 
 import (
 	"fmt"
-	"math"
 	"os"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
@@ -32,6 +30,7 @@ func init() {
 		// A start makes little garbage, and a step often ends before a collection
 		// would be worth its time.
 		Hold(10 * time.Second)
+		afterCollections()
 	}
 	if len(os.Args) == 4 && os.Args[1] == "umount" {
 		if name, ok := strings.CutPrefix(os.Args[2], "--sync-fd="); ok {
@@ -42,16 +41,6 @@ func init() {
 			os.Exit(0)
 		}
 	}
-}
-
-// Hold stops the collection of garbage up to a size for some time.
-func Hold(d time.Duration) {
-	debug.SetMemoryLimit(64 << 20)
-	debug.SetGCPercent(-1)
-	time.AfterFunc(d, func() {
-		debug.SetGCPercent(100)
-		debug.SetMemoryLimit(math.MaxInt64)
-	})
 }
 
 // unmount is what `runsc umount` does: every sandbox runs it once.

@@ -1,0 +1,102 @@
+// Copyright The kiln Authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+package kilnstart
+
+import (
+	"math"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"sync"
+	"time"
+)
+
+const (
+	// smallHeap is up to what size of the heap, in bytes, memory is worth less than the
+	// processor time of a collection.
+	smallHeap = 64 << 20
+
+	// mostGarbage is how much garbage a small heap may have, in percent of what is in use.
+	mostGarbage = 400
+)
+
+// collector is when garbage is collected.
+var collector struct {
+	sync.Mutex
+	holds   int // how many ask for no collection
+	percent int // as of debug.SetGCPercent
+}
+
+// Hold stops the collection of garbage up to a size for some time.
+func Hold(d time.Duration) {
+	collector.Lock()
+	defer collector.Unlock()
+	collector.holds++
+	if collector.holds == 1 {
+		debug.SetMemoryLimit(smallHeap)
+		setPercent(-1)
+	}
+	time.AfterFunc(d, func() {
+		collector.Lock()
+		defer collector.Unlock()
+		collector.holds--
+		if collector.holds == 0 {
+			setPercent(percentOf(inUse()))
+			debug.SetMemoryLimit(math.MaxInt64)
+		}
+	})
+}
+
+// percentOf is how much garbage a heap may have, in percent of the bytes that are in use.
+func percentOf(used uint64) int {
+	if used == 0 {
+		return mostGarbage
+	}
+	percent := int(min(smallHeap/used, mostGarbage/100+1))*100 - 100
+	return min(max(percent, 100), mostGarbage)
+}
+
+// setPercent has an effect only if there is a change, as it stops all goroutines.
+func setPercent(percent int) {
+	if percent != collector.percent {
+		collector.percent = percent
+		debug.SetGCPercent(percent)
+	}
+}
+
+// inUse is what the last collection has found to be in use, in bytes.
+func inUse() uint64 {
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(live)
+	if live[0].Value.Kind() != metrics.KindUint64 {
+		return smallHeap
+	}
+	return live[0].Value.Uint64()
+}
+
+// mark is what a collection finds to be garbage.
+type mark struct{ _ *mark }
+
+// afterCollections decides after each collection when the next one is.
+func afterCollections() {
+	runtime.AddCleanup(new(mark), func(struct{}) {
+		afterCollections()
+		collector.Lock()
+		defer collector.Unlock()
+		if collector.holds == 0 {
+			setPercent(percentOf(inUse()))
+		}
+	}, struct{}{})
+}
