@@ -53,12 +53,13 @@ func isText(opts *memmap.MMapOpts) bool {
 	return opts.Mappable != nil && opts.Private && opts.Fixed && opts.Perms.Execute && !opts.Perms.Write
 }
 
-// remapASLocked has the rights to ar in effect after they were taken away: what is left
-// of them stays mapped, as loaders read on what they have made read-only.
+// remapASLocked has what ar is now in effect, after rights to it were taken away or pages
+// were copied: loaders read on what they have made read-only, and a call that was patched
+// is about to go on there.
 //
 // Preconditions: mm.activeMu must be locked.
 func (mm *MemoryManager) remapASLocked(ar hostarch.AddrRange) {
-	if mm.as == nil {
+	if mm.as == nil || ar.Length() == 0 {
 		return
 	}
 	if pseg := mm.pmas.FindSegment(ar.Start); pseg.Ok() && pseg.Range().IsSupersetOf(ar) {

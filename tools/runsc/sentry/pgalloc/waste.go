@@ -22,17 +22,17 @@ import (
 
 // This file is kiln's addition to the package.
 //
-// A page that a program gave back goes to the kernel at once, by punching a hole, and the
-// next program gets a new one, which the kernel has to find, clear and charge. Programs of
-// a build follow each other, each as large as the one before it. So pages are kept for a
-// moment, in which the next program can have them, cleared.
+// gVisor's pages go to the kernel as soon as a program gives them back, by punching a
+// hole, and the next program gets new ones, which the kernel has to find, clear and charge.
+// Programs of a build follow each other, each as large as the one before it. So pages are
+// kept for a moment, in which the next program can have them, cleared.
 
 const (
 	// wasteDelay is how long pages are kept that nobody has: longer than what is between
 	// two programs of a build.
 	wasteDelay = 20 * time.Millisecond
 
-	// maxWaste is how many bytes may be given back before pages go to the kernel at once.
+	// maxWaste is how many bytes of them are kept.
 	maxWaste = 64 << 20
 
 	// maxRecycled is what a fault may get of the pages that are kept, in bytes: they are
@@ -45,7 +45,7 @@ const (
 
 // waste is what a MemoryFile knows of the pages that it keeps. MemoryFile.mu protects it.
 type waste struct {
-	bytes uint64        // given back since pages went to the kernel
+	bytes uint64        // that nobody has
 	full  chan struct{} // closed when that is too much; nil: nobody waits
 }
 
@@ -90,10 +90,10 @@ func (f *MemoryFile) releaseWaste() {
 				fr.Start = fr.End - maxRelease
 			}
 			used.Insert(gap, fr, unwasteInfo{})
+			f.waste.bytes -= fr.Length()
 			f.releaseLocked(fr, i == 1)
 		}
 	}
-	f.waste.bytes = 0
 }
 
 // MayRecycle tells whether a fault may have pages that others gave back, of a length in
