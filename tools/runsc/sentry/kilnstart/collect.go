@@ -35,16 +35,18 @@ const (
 // collector is when garbage is collected.
 var collector struct {
 	sync.Mutex
-	holds   int // how many ask for no collection
-	percent int // as of debug.SetGCPercent
+	holds   int  // how many ask for no collection
+	held    bool // there is none below smallHeap
+	percent int  // as of debug.SetGCPercent
 }
 
-// Hold stops the collection of garbage up to a size for some time.
+// Hold stops the collection of garbage for some time while the heap is small.
 func Hold(d time.Duration) {
 	collector.Lock()
 	defer collector.Unlock()
 	collector.holds++
-	if collector.holds == 1 {
+	if !collector.held && inUse() <= smallHeap/2 {
+		collector.held = true
 		debug.SetMemoryLimit(smallHeap)
 		setPercent(-1)
 	}
@@ -52,11 +54,24 @@ func Hold(d time.Duration) {
 		collector.Lock()
 		defer collector.Unlock()
 		collector.holds--
-		if collector.holds == 0 {
-			setPercent(percentOf(inUse()))
-			debug.SetMemoryLimit(math.MaxInt64)
-		}
+		decide()
 	})
+}
+
+// decide says when the next collection is. Those that a limit of memory asks for would
+// follow each other where the limit has no room.
+//
+// Preconditions: collector must be locked.
+func decide() {
+	used := inUse()
+	if collector.held && collector.holds > 0 && used <= smallHeap/2 {
+		return
+	}
+	setPercent(percentOf(used))
+	if collector.held {
+		collector.held = false
+		debug.SetMemoryLimit(math.MaxInt64)
+	}
 }
 
 // percentOf is how much garbage a heap may have, in percent of the bytes that are in use.
@@ -89,14 +104,12 @@ func inUse() uint64 {
 // mark is what a collection finds to be garbage.
 type mark struct{ _ *mark }
 
-// afterCollections decides after each collection when the next one is.
+// afterCollections has a look after each collection.
 func afterCollections() {
 	runtime.AddCleanup(new(mark), func(struct{}) {
 		afterCollections()
 		collector.Lock()
 		defer collector.Unlock()
-		if collector.holds == 0 {
-			setPercent(percentOf(inUse()))
-		}
+		decide()
 	}, struct{}{})
 }

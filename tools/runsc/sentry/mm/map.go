@@ -26,8 +26,8 @@ import (
 // the program and the sandbox, and a call to map it. Where it is certain enough that a
 // program will touch something, it is mapped without waiting for that.
 
-// populateSoonAndUnlock maps what a program is about to use, which is at most a huge page of
-// new memory, or text. The memory may be pages that other programs gave back.
+// populateSoonAndUnlock maps what a program is about to use: at most a huge page more of
+// its data, or text. The data may be pages that other programs gave back.
 //
 // Preconditions: mm.mappingMu must be locked; it is unlocked.
 func (mm *MemoryManager) populateSoonAndUnlock(ctx context.Context, vseg vmaIterator, ar hostarch.AddrRange) {
