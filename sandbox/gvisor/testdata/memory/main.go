@@ -1,5 +1,6 @@
 // Memory takes memory in every size that a sandbox has a way of its own for, wants it to
-// be empty, fills it and ends. Each further argument is how often.
+// be empty and fills it, as often as its argument says. With another argument, it writes
+// where it may only read.
 package main
 
 import (
