@@ -3,7 +3,6 @@ package gvisor
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -15,10 +14,7 @@ import (
 // overlay of the node, and compares what the layers hold.
 func TestExactLayer(t *testing.T) {
 	e := newEnv(t)
-	build := exec.Command("go", "build", "-o", e.lower+"/bin/exact", "./testdata/exact")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
+	e.program("exact")
 	e.ok(e.step("/bin/exact"))
 
 	dir := t.TempDir()

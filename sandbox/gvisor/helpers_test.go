@@ -75,3 +75,12 @@ func census(t *testing.T, dir string) map[string]any {
 		"mounts": mountsBelow(t, dir), "files": files, "processes": processesNaming(t, dir), "descriptors": len(fds), "children": children,
 	}
 }
+
+// program builds one of testdata into /bin of what steps begin with.
+func (e *env) program(name string) {
+	e.t.Helper()
+	build := exec.Command("go", "build", "-o", e.lower+"/bin/"+name, "./testdata/"+name)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := build.CombinedOutput()
+	require.NoError(e.t, err, string(out))
+}

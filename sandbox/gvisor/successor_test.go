@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -55,10 +54,7 @@ func (e *env) parked() (steps []int) {
 // that one finds of those before is in its root.
 func TestSuccessorFindsNothing(t *testing.T) {
 	e := newEnvWith(t, Config{Prepared: -1})
-	build := exec.Command("go", "build", "-o", e.lower+"/bin/leave", "./testdata/leave")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
+	e.program("leave")
 	c := e.chain("a")
 	secret := t.TempDir()
 	require.NoError(t, os.WriteFile(secret+"/s", []byte("secret"), 0o400))

@@ -8,7 +8,6 @@ import (
 	"os"
 	"strconv"
 	"syscall"
-	"time"
 	"unsafe"
 )
 
@@ -34,7 +33,7 @@ func grow(size int) []byte {
 		fmt.Println("brk failed")
 		os.Exit(1)
 	}
-	return unsafe.Slice((*byte)(unsafe.Pointer(end)), size) //nolint:govet // memory that Go does not know
+	return unsafe.Slice((*byte)(unsafe.Pointer(end)), size) // memory that Go does not know
 }
 
 func mapped(size int) []byte {
@@ -86,7 +85,6 @@ func main() {
 			}
 			check("data", size, grow(size))
 		}
-		time.Sleep(time.Millisecond)
 	}
 	fmt.Println("empty")
 }

@@ -76,10 +76,7 @@ func decide() {
 
 // percentOf is how much garbage a heap may have, in percent of the bytes that are in use.
 func percentOf(used uint64) int {
-	if used == 0 {
-		return mostGarbage
-	}
-	percent := int(min(smallHeap/used, mostGarbage/100+1))*100 - 100
+	percent := int(smallHeap/max(used, 1))*100 - 100
 	return min(max(percent, 100), mostGarbage)
 }
 
