@@ -60,7 +60,11 @@ func Open(ctx context.Context, root string) (_ *Store, err error) {
 	if err := s.openSnapshots(filepath.Join(root, "snapshots")); err != nil {
 		return nil, fmt.Errorf("open snapshots in %s: %w", root, err)
 	}
-	if err := s.removeLeft(ctx, filepath.Join(root, "snapshots", "snapshots")); err != nil {
+	dir := filepath.Join(root, "snapshots", "snapshots")
+	if err := s.removeLeft(ctx, dir); err != nil {
+		return nil, err
+	}
+	if err := spread(dir); err != nil {
 		return nil, err
 	}
 	content, err := local.NewStore(filepath.Join(root, "content"))
