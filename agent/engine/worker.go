@@ -149,7 +149,7 @@ func (n *Node) newWorker(ctx context.Context, dir string, d Domain, images *imag
 		GCPolicy:        nil,
 		BuildkitVersion: client.BuildkitVersion{Package: version.Package, Version: version.Version, Revision: version.Revision},
 		Executor:        newStepExecutor(n.runtimes, d),
-		Snapshotter:     containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil),
+		Snapshotter:     volatileSnapshotter{containerdsnapshot.NewSnapshotter(snapshot.Snapshotter, n.snapshotsOf(d), snapshot.Namespace, nil)},
 		ContentStore:    content,
 		ImageStore:      images,
 		Applier:         layerApplier{apply.NewFileSystemApplier(content)},

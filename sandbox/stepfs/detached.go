@@ -48,5 +48,5 @@ func (d *Detached) Settle() error {
 	if d.work == "" {
 		return nil
 	}
-	return clearVolatile(d.work)
+	return ClearVolatile(d.work)
 }

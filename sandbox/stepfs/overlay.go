@@ -145,7 +145,7 @@ func overlay(tree sandbox.Tree, opts Options) (_ int, err error) {
 		fs.set("metacopy", "off")
 		fs.set("redirect_dir", "off")
 		if opts.Volatile {
-			if err := clearVolatile(tree.Work); err != nil {
+			if err := ClearVolatile(tree.Work); err != nil {
 				return -1, err
 			}
 			fs.setFlag("volatile")
@@ -235,10 +235,13 @@ func commonParent(a, b string) string {
 	}
 }
 
-// clearVolatile removes the mark with which the kernel refuses to use a work
-// directory again after a volatile mount.
-func clearVolatile(work string) error {
+// ClearVolatile removes the mark with which the kernel refuses to use a work
+// directory again after a volatile mount. A work directory that is gone has none.
+func ClearVolatile(work string) error {
 	root, err := os.OpenRoot(work)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("open work directory: %w", err)
 	}

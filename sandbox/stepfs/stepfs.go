@@ -101,7 +101,7 @@ func attach(fd int, tree sandbox.Tree, target string, opts Options) (func() erro
 			return fmt.Errorf("unmount %s: %w", target, err)
 		}
 		if opts.Volatile && tree.Upper != "" {
-			return clearVolatile(tree.Work)
+			return ClearVolatile(tree.Work)
 		}
 		return nil
 	}, nil
