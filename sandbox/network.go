@@ -9,8 +9,9 @@ import (
 
 // Networks hands out network namespaces for steps.
 //
-// A namespace belongs to one step from Acquire to Release. Implementations may
-// prepare namespaces ahead, but never give one that a step has used to another.
+// A namespace belongs to whoever acquired it until Release: to one step, or to it and its
+// direct successors, one after the other. Implementations may prepare namespaces ahead, but
+// never hand out one that has been handed out before.
 // Methods may be called concurrently.
 type Networks interface {
 	// Acquire returns a namespace of the given mode for one step. What it may reach is
@@ -20,7 +21,7 @@ type Networks interface {
 	Close() error
 }
 
-// Network is the network namespace of one step.
+// Network is a network namespace for steps.
 type Network interface {
 	// Path is a file that holds the namespace, for setns and for an OCI spec.
 	Path() string
@@ -33,6 +34,10 @@ type Network interface {
 	Restrict(policy *egress.Policy) error
 	// Contacts tells what was reached and what was refused so far.
 	Contacts() (Contacts, error)
+	// Unused reports whether no packet was ever in the namespace, neither from or to the
+	// outside nor on its loopback device. What steps may do in one leaves nothing then, when
+	// all of their processes are gone.
+	Unused() (bool, error)
 	// Release gives the namespace back. Everything in it is gone afterwards.
 	Release() error
 }

@@ -1,52 +1,33 @@
 package gvisor
 
 import (
-	"reflect"
 	"slices"
 	"time"
 
 	"github.com/kiln-build/kiln/sandbox"
-	"github.com/kiln-build/kiln/sandbox/egress"
 )
 
-// successor is what a step must be to run in a sandbox that had another one: the next
-// step of the same build, whose root is what the other has made. Whoever took over the
-// sandbox by the first step has taken over the second already: its programs are files
-// that the first could write. Nothing else of the first step is there: its processes,
+// successor is what a step must be to run in a sandbox that had another one: its direct
+// successor, with the same limits. Nothing else of the first step is there: its processes,
 // mounts and IPC objects are gone, and a sandbox whose kernel it has set anything in is
 // not kept.
 type successor struct {
-	build  string
+	*sandbox.Successor
 	kind   kind
 	limits sandbox.Limits
-	// reach is what its network may; nil: what all do.
-	reach *egress.Reach
-	// lower are the layers of its root.
-	lower []string
 }
 
 // successorOf returns what the successor of a step must be; nil: it can have none.
 func successorOf(step *sandbox.Step) *successor {
-	if step.Build == "" || step.Root.Upper == "" || step.ReadonlyRoot || len(step.Root.Lower) == 0 || step.Egress != nil && step.Egress.Restricted() {
+	n := sandbox.SuccessorOf(step)
+	if n == nil {
 		return nil
 	}
-	return &successor{
-		build: step.Build, kind: kindOf(step), limits: step.Limits, reach: reachOf(step),
-		lower: append([]string{step.Root.Upper}, step.Root.Lower...),
-	}
+	return &successor{Successor: n, kind: kindOf(step), limits: step.Limits}
 }
 
 func (n *successor) is(step *sandbox.Step) bool {
-	return step.Build == n.build && kindOf(step) == n.kind && step.Limits == n.limits &&
-		reflect.DeepEqual(reachOf(step), n.reach) && slices.Equal(step.Root.Lower, n.lower)
-}
-
-func reachOf(step *sandbox.Step) *egress.Reach {
-	if step.Egress == nil {
-		return nil
-	}
-	reach := step.Egress.Reach()
-	return &reach
+	return n.Is(step) && kindOf(step) == n.kind && step.Limits == n.limits
 }
 
 const (

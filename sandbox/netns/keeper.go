@@ -77,7 +77,7 @@ func (m *Manager) turn() bool {
 }
 
 func (m *Manager) remove(n *network) error {
-	err := errors.Join(n.stop(), n.ns.Close())
+	err := n.close()
 	if n.slot < 0 {
 		return err
 	}
@@ -120,7 +120,7 @@ func (m *Manager) Close() error {
 	errs := []error{m.failed}
 	m.mu.Unlock()
 	for _, n := range all {
-		errs = append(errs, n.stop(), n.ns.Close())
+		errs = append(errs, n.close())
 	}
 	if len(m.slots) < slots {
 		errs = append(errs, removeGroup(m.claim.group()))

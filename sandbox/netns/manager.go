@@ -169,7 +169,10 @@ func (m *Manager) create(ctx context.Context, mode sandbox.NetworkMode) (*networ
 	n := &network{m: m, slot: -1}
 	var err error
 	if mode == sandbox.NetworkNone {
-		n.ns, err = newNamespace(nil)
+		n.ns, err = newNamespace(func(*os.File) (err error) {
+			n.inside, err = openInside()
+			return err
+		})
 	} else {
 		if n.nameservers, err = m.prepareEgress(); err != nil {
 			return nil, err
@@ -179,13 +182,16 @@ func (m *Manager) create(ctx context.Context, mode sandbox.NetworkMode) (*networ
 		}
 		// The filter is there before the device is.
 		if err = m.filter.open(n.slot); err == nil {
-			n.ns, err = newEgress(m.host, m.claim, n.slot)
+			n.ns, n.inside, err = newEgress(m.host, m.claim, n.slot)
 		}
 		if err != nil {
 			m.slots <- n.slot
 		}
 	}
 	if err != nil {
+		if n.inside != nil {
+			n.inside.Close()
+		}
 		return nil, err
 	}
 	n.path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.ns.Fd())

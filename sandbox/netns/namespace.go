@@ -82,24 +82,31 @@ func loopbackUp() error {
 }
 
 // newEgress makes a namespace with a device to the node in a slot of the claim.
-// host is a netlink handle of the node's namespace.
-func newEgress(host *netlink.Handle, c *claim, slot int) (ns *os.File, err error) {
+// host is a netlink handle of the node's namespace, and inside one of the new one.
+func newEgress(host *netlink.Handle, c *claim, slot int) (ns *os.File, inside *netlink.Handle, err error) {
 	name := c.link(slot)
 	node, step := c.ends(slot)
 	defer func() {
 		if err == nil {
 			return
 		}
+		if inside != nil {
+			inside.Close()
+		}
 		if ns != nil {
 			ns.Close()
-			ns = nil
 		}
-		err = errors.Join(err, removeLink(host, name))
+		ns, inside, err = nil, nil, errors.Join(err, removeLink(host, name))
 	}()
 
-	ns, err = newNamespace(func(ns *os.File) error { return plug(host, ns, name, c.group(), node, step) })
+	ns, err = newNamespace(func(ns *os.File) (err error) {
+		if inside, err = openInside(); err == nil {
+			err = plug(host, inside, ns, name, c.group(), node, step)
+		}
+		return err
+	})
 	if err != nil {
-		return ns, err
+		return ns, inside, err
 	}
 	// The node's end speaks no IPv6 and takes no packet with a foreign source.
 	// IPv6 goes first, before the device comes up with an address.
@@ -109,25 +116,34 @@ func newEgress(host *netlink.Handle, c *claim, slot int) (ns *os.File, err error
 		{"ipv4/conf/" + name + "/forwarding", "1"},
 	} {
 		if err := sysctl(s[0], s[1]); err != nil {
-			return ns, err
+			return ns, inside, err
 		}
 	}
 	link, err := host.LinkByName(name)
 	if err != nil {
-		return ns, fmt.Errorf("find device %s: %w", name, err)
+		return ns, inside, fmt.Errorf("find device %s: %w", name, err)
 	}
 	if err := host.AddrAdd(link, &netlink.Addr{IPNet: ipNet(node, stepBits)}); err != nil {
-		return ns, fmt.Errorf("give %s to device %s: %w", node, name, err)
+		return ns, inside, fmt.Errorf("give %s to device %s: %w", node, name, err)
 	}
 	if err := host.LinkSetUp(link); err != nil {
-		return ns, fmt.Errorf("bring device %s up: %w", name, err)
+		return ns, inside, fmt.Errorf("bring device %s up: %w", name, err)
 	}
-	return ns, nil
+	return ns, inside, nil
+}
+
+// openInside returns a netlink handle of the calling thread's namespace.
+func openInside() (*netlink.Handle, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink in namespace: %w", err)
+	}
+	return h, nil
 }
 
 // plug runs on a thread inside ns. It makes the pair of devices and sets the
 // step's end up.
-func plug(host *netlink.Handle, ns *os.File, name string, group uint32, node, step netip.Addr) error {
+func plug(host, in *netlink.Handle, ns *os.File, name string, group uint32, node, step netip.Addr) error {
 	if err := sysctl("ipv6/conf/default/disable_ipv6", "1"); err != nil {
 		return err
 	}
@@ -138,11 +154,6 @@ func plug(host *netlink.Handle, ns *os.File, name string, group uint32, node, st
 	if err != nil {
 		return fmt.Errorf("add device %s: %w", name, err)
 	}
-	in, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("open netlink in namespace: %w", err)
-	}
-	defer in.Close()
 	eth0, err := in.LinkByName("eth0")
 	if err != nil {
 		return fmt.Errorf("find eth0 in namespace: %w", err)

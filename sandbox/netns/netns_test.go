@@ -2,6 +2,7 @@ package netns
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -317,5 +318,52 @@ func BenchmarkAcquire(b *testing.B) {
 				require.NoError(b, n.Release())
 			}
 		})
+	}
+}
+
+// TestUnused tells networks apart that a packet was in.
+func TestUnused(t *testing.T) {
+	world(t, "7777", "198.51.100.2")
+	m := newManager(t, t.TempDir())
+	tests := []struct {
+		name string
+		use  func(path string)
+	}{
+		{"nothing", nil},
+		{"a socket", func(path string) {
+			require.NoError(t, in(t, path, func() error {
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				if err != nil {
+					return err
+				}
+				c, err := net.Dial("udp", "198.51.100.2:7777")
+				if err != nil {
+					return err
+				}
+				return errors.Join(l.Close(), c.Close())
+			}))
+		}},
+		{"the world", func(path string) { require.NoError(t, dial(t, path, "tcp", "198.51.100.2:7777")) }},
+		{"what is refused", func(path string) { require.Error(t, dial(t, path, "udp", "169.254.169.254:7777")) }},
+		{"an address that nobody has", func(path string) { require.Error(t, dial(t, path, "udp", "10.63.255.254:7777")) }},
+		{"the loopback device", func(path string) { require.Error(t, dial(t, path, "tcp", "127.0.0.1:7777")) }},
+	}
+	for _, mode := range []sandbox.NetworkMode{sandbox.NetworkEgress, sandbox.NetworkNone} {
+		for i, tt := range tests {
+			if mode == sandbox.NetworkNone && i > 0 && tt.name != "the loopback device" {
+				continue
+			}
+			n := acquire(t, m, mode)
+			unused, err := n.Unused()
+			require.NoError(t, err)
+			require.True(t, unused, "%s: new", mode)
+			if tt.use != nil {
+				tt.use(n.Path())
+			}
+			time.Sleep(50 * time.Millisecond) // for what the kernel sends of its own
+			unused, err = n.Unused()
+			require.NoError(t, err)
+			require.Equal(t, i < 2, unused, "%s: %s", mode, tt.name)
+		}
 	}
 }

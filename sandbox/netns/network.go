@@ -2,8 +2,11 @@ package netns
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/kiln-build/kiln/sandbox"
 	"github.com/kiln-build/kiln/sandbox/egress"
@@ -13,6 +16,7 @@ import (
 type network struct {
 	m           *Manager
 	ns          *os.File
+	inside      *netlink.Handle // a netlink socket in the namespace
 	path        string
 	slot        int // -1 without a device
 	nameservers []netip.Addr
@@ -61,6 +65,20 @@ func (n *network) Contacts() (sandbox.Contacts, error) {
 	return c, err
 }
 
+// Unused implements sandbox.Network.
+func (n *network) Unused() (bool, error) {
+	links, err := n.inside.LinkList()
+	if err != nil {
+		return false, fmt.Errorf("list devices of a network: %w", err)
+	}
+	for _, l := range links {
+		if s := l.Attrs().Statistics; s == nil || s.RxPackets+s.TxPackets+s.RxDropped+s.TxDropped > 0 {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
 // Release hands the namespace to the keeper: the kernel takes long to remove
 // one. Errors show at Close. A second call does nothing.
 func (n *network) Release() error {
@@ -75,10 +93,12 @@ func (n *network) Release() error {
 	return nil
 }
 
-// stop ends the resolver.
-func (n *network) stop() error {
-	if n.resolver == nil {
-		return nil
+// close ends the resolver and lets go of the namespace.
+func (n *network) close() error {
+	var err error
+	if n.resolver != nil {
+		err = n.resolver.close()
 	}
-	return n.resolver.close()
+	n.inside.Close()
+	return errors.Join(err, n.ns.Close())
 }

@@ -25,8 +25,10 @@ import (
 type cell struct {
 	name string
 	ids  *idRange
-	// network is nil when the cell has its own namespace with nothing in it.
+	// network is nil when the cell has its own namespace with nothing in it. It may be
+	// inherited from the step before, with what that might reach.
 	network     sandbox.Network
+	inherited   bool
 	nameservers []netip.Addr
 	cgroup      *cgroup.Group
 
@@ -44,11 +46,12 @@ const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNS | u
 // sandboxPrefix starts the names of the cgroups of cells.
 const sandboxPrefix = "sandbox-"
 
-// newCell makes a cell with a network of the given mode.
-func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode) (_ *cell, err error) {
+// newCell makes a cell with a network of the given mode: inherited, which then is the cell's
+// to release also when there is an error, or a new one if that is nil.
+func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode, inherited sandbox.Network) (_ *cell, err error) {
 	r.mu.Lock()
 	r.cells++
-	c := &cell{name: fmt.Sprint(sandboxPrefix, r.cells)}
+	c := &cell{name: fmt.Sprint(sandboxPrefix, r.cells), network: inherited, inherited: inherited != nil}
 	r.mu.Unlock()
 	defer func() {
 		if err != nil {
@@ -81,9 +84,10 @@ func (r *Runtime) newCell(ctx context.Context, mode sandbox.NetworkMode) (_ *cel
 	return c, r.furnish(c)
 }
 
-// restrict has the cell's network reach what p permits; nil: what it is made with.
+// restrict has the cell's network reach what p permits; nil: what it is made with. One that is
+// inherited does: its step is the successor of one with the same policy.
 func (c *cell) restrict(p *egress.Policy) error {
-	if p == nil || c.network == nil {
+	if p == nil || c.network == nil || c.inherited {
 		return nil
 	}
 	if err := c.network.Restrict(p); err != nil {
@@ -109,8 +113,10 @@ func (r *Runtime) connectNetwork(ctx context.Context, c *cell, mode sandbox.Netw
 		}
 		return nil
 	}
-	if c.network, err = r.cfg.Networks.Acquire(ctx, mode); err != nil {
-		return fmt.Errorf("get network %s: %w", mode, err)
+	if !c.inherited {
+		if c.network, err = r.cfg.Networks.Acquire(ctx, mode); err != nil {
+			return fmt.Errorf("get network %s: %w", mode, err)
+		}
 	}
 	c.nameservers = c.network.Nameservers()
 	return nil

@@ -48,6 +48,8 @@ func (n *oneNetwork) Restrict(*egress.Policy) error { return nil }
 
 func (n *oneNetwork) Contacts() (sandbox.Contacts, error) { return sandbox.Contacts{}, nil }
 
+func (n *oneNetwork) Unused() (bool, error) { return false, nil }
+
 func (n *oneNetwork) Release() error { return n.ns.Close() }
 
 func TestNetworkOfTheNode(t *testing.T) {

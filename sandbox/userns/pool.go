@@ -20,7 +20,9 @@ const (
 // pool keeps sandboxes ready. Each has IDs, namespaces and a network of its own, and
 // none has served a step.
 type pool struct {
-	r      *Runtime
+	r *Runtime
+	// ctx ends when nothing is to be made any more.
+	ctx    context.Context
 	cancel context.CancelFunc
 	wake   chan struct{} // a sandbox was taken
 	done   chan struct{} // the keeper has ended
@@ -29,13 +31,14 @@ type pool struct {
 	mu    sync.Mutex
 	used  map[sandbox.NetworkMode]bool
 	ready map[sandbox.NetworkMode][]*cell
+	heirs []*heir // the oldest first
 }
 
 // newPool starts with the mode that most steps use.
 func newPool(r *Runtime) *pool {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &pool{
-		r: r, cancel: cancel, wake: make(chan struct{}, 1), done: make(chan struct{}),
+		r: r, ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1), done: make(chan struct{}),
 		used: map[sandbox.NetworkMode]bool{}, ready: map[sandbox.NetworkMode][]*cell{},
 	}
 	mode := sandbox.NetworkEgress
@@ -43,7 +46,7 @@ func newPool(r *Runtime) *pool {
 		mode = sandbox.NetworkNone
 	}
 	p.want(mode)
-	go p.keep(ctx)
+	go p.keep()
 	return p
 }
 
@@ -72,16 +75,16 @@ func (p *pool) take(mode sandbox.NetworkMode) *cell {
 }
 
 // keep fills the pool until ctx is over.
-func (p *pool) keep(ctx context.Context) {
+func (p *pool) keep() {
 	defer close(p.done)
 	timer := time.NewTimer(idle)
 	defer timer.Stop()
 	for {
 		select {
-		case <-ctx.Done():
+		case <-p.ctx.Done():
 			return
 		case <-p.wake:
-			for ctx.Err() == nil && p.fill(ctx) {
+			for p.ctx.Err() == nil && p.fill() {
 			}
 			timer.Reset(idle)
 		case <-timer.C:
@@ -91,7 +94,7 @@ func (p *pool) keep(ctx context.Context) {
 }
 
 // fill makes one sandbox that is missing, and reports whether there may be more.
-func (p *pool) fill(ctx context.Context) bool {
+func (p *pool) fill() bool {
 	for _, mode := range []sandbox.NetworkMode{sandbox.NetworkEgress, sandbox.NetworkNone} {
 		p.mu.Lock()
 		missing := p.used[mode] && len(p.ready[mode]) < ahead
@@ -99,7 +102,7 @@ func (p *pool) fill(ctx context.Context) bool {
 		if !missing {
 			continue
 		}
-		c, err := p.r.newCell(ctx, mode)
+		c, err := p.r.newCell(p.ctx, mode, nil)
 		p.mu.Lock()
 		if err != nil {
 			p.used[mode] = false // the next step meets the error itself
@@ -131,18 +134,25 @@ func (p *pool) empty() error {
 func (p *pool) close() error {
 	p.cancel()
 	<-p.done
+	p.mu.Lock()
+	p.dropHeirs(0)
+	p.mu.Unlock()
 	return p.empty()
 }
 
 // take returns a sandbox for one step.
-func (r *Runtime) take(ctx context.Context, mode sandbox.NetworkMode) (*cell, error) {
-	for c := r.pool.take(mode); c != nil; c = r.pool.take(mode) {
+func (r *Runtime) take(ctx context.Context, step *sandbox.Step) (*cell, error) {
+	c := r.pool.succeed(ctx, step)
+	if c == nil {
+		c = r.pool.take(step.Network)
+	}
+	for ; c != nil; c = r.pool.take(step.Network) {
 		if c.alive() {
 			return c, nil
 		}
 		r.discardLater(c) // something else of the node has killed it
 	}
-	c, err := r.newCell(ctx, mode)
+	c, err := r.newCell(ctx, step.Network, nil)
 	if err != nil {
 		return nil, fmt.Errorf("make sandbox: %w", err)
 	}

@@ -125,13 +125,21 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	owned.add(func() error { return removeStepDir(dir) })
 	owned.add(run.removeStubs)
 	owned.add(run.settle)
-	c, err := r.take(ctx, step.Network)
+	c, err := r.take(ctx, step)
 	if err != nil {
 		return nil, blame(ctx, "prepare", step.ID, err)
 	}
 	// The sandbox's mounts are gone when Run returns; its cgroup and network need
 	// not be.
-	owned.add(func() error { r.discardLater(c); return nil })
+	var next *sandbox.Successor
+	owned.add(func() error {
+		if next != nil {
+			r.pool.bequeath(c, next)
+		} else {
+			r.discardLater(c)
+		}
+		return nil
+	})
 	owned.add(func() error { c.end(); return nil })
 	owned.add(run.close)
 	if err := c.restrict(step.Egress); err != nil {
@@ -175,6 +183,9 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	}
 	if err := errors.Join(conclude(res, c, w), c.contacts(res)); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
+	}
+	if !heirless(c, res) {
+		next = sandbox.SuccessorOf(step)
 	}
 	return res, nil
 }

@@ -11,7 +11,8 @@
 // Sandboxes are made ahead, because making one takes longer than most steps: a
 // process in its namespaces and cgroup, with everything mounted that is the same for
 // all steps, waits for a step. It has seen nothing of any build, serves one step, and
-// is never used again. The program that waits is a few instructions long (see package
+// is never used again. Only a network in which no packet was goes to a new sandbox, for
+// the direct successor of its step. The program that waits is a few instructions long (see package
 // script); all decisions are made here. What a step finds is what runc would give it,
 // and tests compare the two.
 package userns
