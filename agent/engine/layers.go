@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -15,6 +16,7 @@ import (
 	"github.com/moby/buildkit/solver"
 	"github.com/moby/buildkit/source"
 	"github.com/moby/buildkit/source/containerimage"
+	"github.com/moby/buildkit/util/contentutil"
 	"github.com/moby/buildkit/util/imageutil"
 	"github.com/opencontainers/go-digest"
 	ocispecs "github.com/opencontainers/image-spec/specs-go/v1"
@@ -53,7 +55,8 @@ func (s boundedSnapshots) Prepare(ctx context.Context, key, parent string, opts 
 }
 
 // countedImages refuses an image of more layers than can be mounted before any of them is
-// fetched: to unpack so many takes minutes.
+// fetched: to unpack so many takes minutes. Of a layout that a client has, it has the layers
+// received from their start.
 type countedImages struct {
 	source.Source
 	content content.Store
@@ -72,11 +75,9 @@ func (s countedImages) Resolve(ctx context.Context, id source.Identifier, sm *se
 	case *containerimage.ImageIdentifier:
 		out.name, platform, limit = id.Reference.String(), id.Platform, id.LayerLimit
 	case *containerimage.OCIIdentifier:
-		out.name, platform, limit = id.Reference.String(), id.Platform, id.LayerLimit
+		out.name, platform, limit, out.layout = id.Reference.String(), id.Platform, id.LayerLimit, true
 	}
-	if limit != nil {
-		return instance, nil // some of its layers, which are counted when they are unpacked
-	}
+	out.some = limit != nil
 	if platform != nil {
 		out.platform = *platform
 	}
@@ -89,6 +90,9 @@ type countedImage struct {
 	content  content.Store
 	name     string
 	platform ocispecs.Platform
+	// some tells that some of its layers are wanted, which are counted when they are
+	// unpacked, and layout that it comes from a client.
+	some, layout bool
 }
 
 // CacheKey implements source.SourceInstance. It is where the manifest is fetched.
@@ -97,9 +101,12 @@ func (i countedImage) CacheKey(ctx context.Context, job solver.JobContext, index
 	if err != nil {
 		return "", "", nil, false, err
 	}
-	n, err := i.layers(ctx, pin)
-	if err == nil && n > maxLayers {
+	layers, err := i.layers(ctx, pin)
+	if n := len(layers); err == nil && n > maxLayers && !i.some {
 		err = tooManyLayers("image "+i.name, n, maxLayers)
+	}
+	if err == nil && i.layout {
+		err = i.restart(ctx, layers)
 	}
 	if err != nil {
 		return "", "", nil, false, err
@@ -107,12 +114,12 @@ func (i countedImage) CacheKey(ctx context.Context, job solver.JobContext, index
 	return key, pin, opts, done, nil
 }
 
-// layers counts those of the image that pin names, a manifest or an index.
-func (i countedImage) layers(ctx context.Context, pin string) (int, error) {
+// layers returns those of the image that pin names, a manifest or an index.
+func (i countedImage) layers(ctx context.Context, pin string) ([]ocispecs.Descriptor, error) {
 	desc := ocispecs.Descriptor{Digest: digest.Digest(pin)}
 	r, err := i.content.ReaderAt(ctx, desc)
 	if errdefs.IsNotFound(err) {
-		return 0, nil // it was collected meanwhile, and is fetched again if need be
+		return nil, nil // it was collected meanwhile, and is fetched again if need be
 	}
 	if err == nil {
 		desc.Size = r.Size()
@@ -124,7 +131,30 @@ func (i countedImage) layers(ctx context.Context, pin string) (int, error) {
 		m, err = images.Manifest(ctx, i.content, desc, platforms.Only(i.platform))
 	}
 	if err != nil {
-		return 0, fmt.Errorf("count layers of %s: %w", i.name, err)
+		return nil, fmt.Errorf("count layers of %s: %w", i.name, err)
 	}
-	return len(m.Layers), nil
+	return m.Layers, nil
+}
+
+// restart forgets the parts of layers that a build had received when it ended. BuildKit goes on
+// where they end, which its reader of a client's layout cannot, and the build would fail.
+func (i countedImage) restart(ctx context.Context, layers []ocispecs.Descriptor) error {
+	ctx = contentutil.RegisterContentPayloadTypes(ctx) // as BuildKit names what it receives
+	for _, l := range layers {
+		ref := remotes.MakeRefKey(ctx, l)
+		if st, err := i.content.Status(ctx, ref); errdefs.IsNotFound(err) || err == nil && st.Offset == 0 {
+			continue
+		}
+		w, err := i.content.Writer(ctx, content.WithRef(ref))
+		if errdefs.IsUnavailable(err) {
+			continue // another build receives it now
+		}
+		if err == nil {
+			err = errors.Join(w.Truncate(0), w.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("receive layer %s of %s anew: %w", l.Digest, i.name, err)
+		}
+	}
+	return nil
 }
