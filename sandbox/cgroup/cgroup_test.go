@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -123,12 +124,17 @@ func TestLimitsAreWritten(t *testing.T) {
 	require.Equal(t, "67108864\n", string(data))
 	m, _ = g.with("cpu")
 	file, want := "cpu.cfs_quota_us", "150000\n"
+	weight, all := "cpu.shares", 1024
 	if m.unified {
 		file, want = "cpu.max", "150000 100000\n"
+		weight, all = "cpu.weight", 100
 	}
 	data, err = os.ReadFile(m.file(file))
 	require.NoError(t, err)
 	require.Equal(t, want, string(data))
+	data, err = os.ReadFile(m.file(weight))
+	require.NoError(t, err)
+	require.Equal(t, fmt.Sprintln(min(all, all*1500/1000/runtime.NumCPU())), string(data), "its part of the processors")
 }
 
 // inVersion2 returns a group whose files are those of version 2, in a directory.
@@ -146,11 +152,11 @@ func inVersion2(t *testing.T, files map[string]string) *Group {
 
 func TestVersion2(t *testing.T) {
 	g := inVersion2(t, map[string]string{
-		"cpu.max": "", "memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.stat": "usage_usec 2500\nnr_throttled 4\nthrottled_usec 70\n", "io.stat": "8:0 rbytes=5 wbytes=6\n",
+		"cpu.max": "", "cpu.weight": "", "memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.stat": "usage_usec 2500\nnr_throttled 4\nthrottled_usec 70\n", "io.stat": "8:0 rbytes=5 wbytes=6\n",
 		"memory.peak": "4096\n", "pids.events": "max 5\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 1\noom_kill 2\n",
 	})
 	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: 500, MemoryBytes: 1 << 20, PIDs: 9}))
-	for name, want := range map[string]string{"cpu.max": "50000 100000", "memory.max": "1048576", "memory.swap.max": "0", "pids.max": "9"} {
+	for name, want := range map[string]string{"cpu.max": "50000 100000", "cpu.weight": fmt.Sprint(max(50/runtime.NumCPU(), 1)), "memory.max": "1048576", "memory.swap.max": "0", "pids.max": "9"} {
 		got, err := os.ReadFile(g.members[0].file(name))
 		require.NoError(t, err)
 		require.Equal(t, want, string(got), name)
@@ -165,7 +171,7 @@ func TestVersion2(t *testing.T) {
 }
 
 func TestMissingControllers(t *testing.T) {
-	g := inVersion2(t, map[string]string{"cpu.max": "", "cpu.stat": ""})
+	g := inVersion2(t, map[string]string{"cpu.max": "", "cpu.weight": "", "cpu.stat": ""})
 	g.members[0].controllers = []string{"cpu"}
 	require.NoError(t, g.Limit(sandbox.Limits{CPUMillis: 1}))
 	got, err := os.ReadFile(g.members[0].file("cpu.max"))

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -168,6 +169,10 @@ var ErrInUse = errors.New("the sandbox itself needs more memory than the limit")
 const period = 100_000
 
 const (
+	// defaultShares and defaultWeight are what the kernel gives a new group, minShares the
+	// least that it takes.
+	defaultShares, minShares = 1024, 2
+	defaultWeight            = 100
 	// minQuota is the least that the kernel takes for a period.
 	minQuota = 1000
 	// maxMillis and maxPIDs are more than any machine has; the kernel does not take
@@ -181,9 +186,16 @@ const (
 func (g *Group) Limit(l sandbox.Limits) error {
 	if l.CPUMillis > 0 {
 		quota := max(min(l.CPUMillis, maxMillis)*period/1000, minQuota)
+		// Who may use a part of the processors has that part of the weight of who may use
+		// all. A limit alone lets a step use up its time at once, beside a step that waits.
+		all := 1000 * int64(runtime.NumCPU())
+		part := min(l.CPUMillis, all)
 		err := g.set("cpu",
-			[]setting{{name: "cpu.cfs_period_us", value: period}, {name: "cpu.cfs_quota_us", value: quota}},
-			[]setting{{name: "cpu.max", text: fmt.Sprintf("%d %d", quota, period)}})
+			[]setting{
+				{name: "cpu.cfs_period_us", value: period}, {name: "cpu.cfs_quota_us", value: quota},
+				{name: "cpu.shares", value: max(defaultShares*part/all, minShares)},
+			},
+			[]setting{{name: "cpu.max", text: fmt.Sprintf("%d %d", quota, period)}, {name: "cpu.weight", value: max(defaultWeight*part/all, 1)}})
 		if err != nil {
 			return err
 		}
