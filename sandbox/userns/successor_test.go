@@ -28,7 +28,7 @@ type chain struct {
 // step returns the next step. It prints its network first. Its result becomes part of the chain.
 func (c *chain) step(script string) *sandbox.Step {
 	c.t.Helper()
-	step := newStep(c.t, "readlink /proc/self/ns/net; "+script)
+	step := newStep(c.t, "exec 2>&1; readlink /proc/self/ns/net; "+script)
 	if c.lower == nil {
 		c.lower = step.Root.Lower
 	}
