@@ -73,15 +73,16 @@ quickstart: build ## Build examples/hello in a gVisor sandbox and run the result
 	examples/quickstart.sh
 
 # The packages of BuildKit where its own goroutines race: progress of pulls, and records of
-# the cache that builds finalize at once. All others, and all of kiln, are watched.
+# the cache that builds finalize at once. All others, and all of kiln, are watched, but for a
+# function (.ci/race-suppressions).
 RACE = -race $(foreach p,cache util/pull util/pull/pullprogress,-gcflags=github.com/moby/buildkit/$(p)=-race=false)
 
 test: build cluster-tools test-tools ## Run every test
 	CGO_ENABLED=1 $(GO) build $(RACE) ./...
-	CGO_ENABLED=1 $(GO) test $(RACE) -ldflags=-w -count=1 -p 1 -timeout 30m ./...
+	GORACE="suppressions=$(CURDIR)/.ci/race-suppressions" CGO_ENABLED=1 $(GO) test $(RACE) -ldflags=-w -count=1 -p 1 -timeout 30m ./...
 
 security-results: build $(CONTAINERD) ## Attack kiln, and write docs/security-results.md
-	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 30m ./test/escape -write
+	GORACE="suppressions=$(CURDIR)/.ci/race-suppressions" CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 30m ./test/escape -write
 
 lint: $(BIN)/staticcheck $(BIN)/buf generated ## Check formatting, vet, staticcheck, the build API, generated code and documents
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

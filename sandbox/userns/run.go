@@ -129,11 +129,12 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err != nil {
 		return nil, blame(ctx, "prepare", step.ID, err)
 	}
+	// What its network may reach is what it may at this moment.
+	next, bequeaths := sandbox.SuccessorOf(step), false
 	// The sandbox's mounts are gone when Run returns; its cgroup and network need
 	// not be.
-	var next *sandbox.Successor
 	owned.add(func() error {
-		if next != nil {
+		if bequeaths {
 			r.pool.bequeath(c, next)
 		} else {
 			r.discardLater(c)
@@ -184,9 +185,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err := errors.Join(conclude(res, c, w), c.contacts(res)); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
-	if !heirless(c, res) {
-		next = sandbox.SuccessorOf(step)
-	}
+	bequeaths = next != nil && !heirless(c, res)
 	return res, nil
 }
 
