@@ -185,7 +185,7 @@ func (r *Runtime) Run(ctx context.Context, step *sandbox.Step, started func()) (
 	if err := errors.Join(conclude(res, c, w), c.contacts(res)); err != nil {
 		return nil, fmt.Errorf("step %s: %w", step.ID, err)
 	}
-	bequeaths = next != nil && !heirless(c, res)
+	bequeaths = next != nil && mayBequeath(c, res)
 	return res, nil
 }
 

@@ -111,8 +111,8 @@ func (p *pool) dropHeirs(n int) {
 	}
 }
 
-// heirless reports whether nothing of a step with a network remains for a successor: it has failed,
-// or has used its network.
-func heirless(c *cell, res *sandbox.Result) bool {
-	return c.network == nil || res.ExitCode != 0 || res.EndedBy != "" || len(res.Network.Reached.List)+len(res.Network.Refused.List) > 0
+// mayBequeath reports whether a step has left something for a successor: it has succeeded, and
+// has a network, of which bequeath finds out whether it was used.
+func mayBequeath(c *cell, res *sandbox.Result) bool {
+	return c.network != nil && res.ExitCode == 0 && res.EndedBy == ""
 }
